@@ -1,0 +1,32 @@
+"""What values the hyper-parameters of the named optimizers may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+_NOT_NEGATIVE = frozenset({"lr", "wd", "eps", "mom", "sqr_mom", "beta", "trust_coeff", "nu_1", "nu_2", "alpha"})
+_BELOW_ONE = frozenset({"sqr_mom"})
+
+
+def check_hyper(optimizer: str, name: str, value: Any, group: int) -> None:
+    """Raise if `value` cannot be hyper `name` of a group.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, not a number (nan), or 1 and more where only less makes sense.
+    """
+    if name not in _NOT_NEGATIVE and name != "k":
+        return
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return  # reading it back would wait for its device
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number")
+    if name == "k":
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{optimizer}: k of group {group} is {value!r}, expected a whole number from 1 on")
+    elif not value >= 0:
+        raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number >= 0")
+    elif name in _BELOW_ONE and value >= 1:
+        raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number below 1")

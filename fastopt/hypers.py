@@ -1,0 +1,249 @@
+"""Hyper-parameters: how values become one per group, and the live views under the seed's names.
+
+The stored truth is `param_groups`, with PyTorch's names (`betas`, `momentum`, `weight_decay`). A *name map* such as
+`{'betas__0': 'mom', 'weight_decay': 'wd'}` says which stored entry carries which hyper; `betas__0` is item 0 of the
+tuple `betas`. Views translate on every access and hold nothing themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from typing import Any, TypeVar, overload
+
+from torch import Tensor
+
+T = TypeVar("T")
+Group = dict[str, Any]
+
+#: What a hyper-parameter may be given as: one value, one per group, or a slice over the groups.
+Hyper = float | Tensor | Sequence[float] | slice
+
+#: PyTorch's names on the left, the names that callbacks use on the right.
+pytorch_hp_map = {
+    "momentum": "mom",
+    "weight_decay": "wd",
+    "alpha": "sqr_mom",
+    "betas__0": "mom",
+    "betas__1": "sqr_mom",
+}
+
+# Entries of a group that are not hyper-parameters: its members, its freezing, and torch's implementation switches.
+_SWITCHES = ("foreach", "fused", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
+_BOOKKEEPING = frozenset(("params", "param_names", "frozen", "name", *_SWITCHES))
+
+
+def detuplify_pg(d: Mapping[str, Any]) -> Group:
+    """The entries of a torch parameter group without `params`, every tuple `name` spread into `name__0`, `name__1`."""
+    spread: Group = {}
+    for key, value in d.items():
+        if key == "params":
+            continue
+        if isinstance(value, list | tuple):
+            spread.update({f"{key}__{i}": item for i, item in enumerate(value)})
+        else:
+            spread[key] = value
+    return spread
+
+
+def set_item_pg(pg: MutableMapping[str, Any], k: str, v: Any) -> MutableMapping[str, Any]:
+    """Set entry `k` of a torch parameter group; `name__i` replaces item `i` of the tuple `name`. Returns `pg`."""
+    name, separator, index = k.partition("__")
+    if not separator:
+        pg[k] = v
+        return pg
+    if name not in pg or not index.isdigit() or int(index) >= len(pg[name]):
+        raise KeyError(f"{k!r} names no item of a tuple in this parameter group, which has {sorted(pg)}")
+    items = list(pg[name])
+    items[int(index)] = v
+    pg[name] = tuple(items)
+    return pg
+
+
+class HyperNames:
+    """Translation between the entries of a stored group and the hypers' names.
+
+    Args:
+        hp_map: stored name (`weight_decay`, `betas__0`) to hyper (`wd`, `mom`).
+        spread_all: spread every tuple of a group, not only those that `hp_map` names (what `OptimWrapper` needs).
+    """
+
+    def __init__(self, hp_map: Mapping[str, str], spread_all: bool = False) -> None:
+        self.hp_map = dict(hp_map)
+        self.spread_all = spread_all
+        self._tuples = {stored.partition("__")[0] for stored in hp_map if "__" in stored}
+
+    def hypers(self, group: Mapping[str, Any]) -> Group:
+        """The hypers of a stored group, by their own names."""
+        found: Group = {}
+        for key, value in group.items():
+            if key in _BOOKKEEPING:
+                continue
+            if isinstance(value, list | tuple) and (self.spread_all or key in self._tuples):
+                entries = detuplify_pg({key: value})
+            else:
+                entries = {key: value}
+            found.update({self.hp_map.get(k, k): v for k, v in entries.items()})
+        return found
+
+    def stored_name(self, name: str, group: Mapping[str, Any]) -> str:
+        """Where hyper `name` lives in `group`: `mom` -> `betas__0` or `momentum`; an unknown name is its own place."""
+        places = [stored for stored, hyper in self.hp_map.items() if hyper == name]
+        present = [stored for stored in places if stored.partition("__")[0] in group]
+        return (present or [name])[0]
+
+    def known(self, name: str, group: Mapping[str, Any]) -> bool:
+        """Whether `group` has the hyper `name`."""
+        return self.stored_name(name, group).partition("__")[0] in group
+
+    def to_stored(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Group:
+        """Entries in either spelling as stored entries; `defaults` completes tuples of which some items are given."""
+        stored: Group = {}
+        tuples: dict[str, dict[int, Any]] = {}
+        spelled = {hyper: place for place, hyper in self.hp_map.items()}
+        for key, value in given.items():
+            name, separator, index = spelled.get(key, key).partition("__")
+            if name != key and name in given:
+                raise ValueError(f"{key!r} and {name!r} are the same hyper-parameter: give one of them")
+            if separator and name in self._tuples:
+                tuples.setdefault(name, {})[int(index)] = value
+            else:
+                stored[name + separator + index] = value
+        for name, items in tuples.items():
+            whole = dict(enumerate(defaults.get(name, ()))) | items
+            stored[name] = tuple(whole[i] for i in sorted(whole))
+        return stored
+
+
+def group_values(name: str, value: Any, n_groups: int) -> list[Any]:
+    """One value of hyper `name` per group.
+
+    A number (also a numpy scalar or a 0-d array), a bool, a string, a mapping or a 0-d tensor is the same for every
+    group. A collection has one value per group, or one for all. `slice(a, b)` is a geometric progression from `a` to
+    `b`; `slice(b)` gives `b` to the last group and `b / 10` to the ones before.
+
+    Raises:
+        ValueError: the collection has another length than `n_groups`, or the slice cannot be spread.
+    """
+    if isinstance(value, slice):
+        return _spread(name, value, n_groups)
+    if isinstance(value, Tensor):
+        values = [value] * n_groups if value.ndim == 0 and name == "lr" else value.tolist()
+    elif hasattr(value, "tolist"):  # numpy scalars and arrays
+        values = value.tolist()
+    elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        values = [v.item() if getattr(v, "ndim", None) == 0 and not isinstance(v, Tensor) else v for v in value]
+        if len(values) == 1:
+            values = values * n_groups
+    else:
+        values = value
+    if not isinstance(values, list):
+        return [values] * n_groups
+    if len(values) != n_groups:
+        raise ValueError(
+            f"Trying to set {len(values)} values for {name} but there are {n_groups} parameter groups: "
+            f"give one number, or one per group."
+        )
+    return values
+
+
+def _spread(name: str, value: slice, n_groups: int) -> list[float]:
+    """`slice(a, b)` or `slice(b)` as one number per group."""
+    start, stop = value.start, value.stop
+    if stop is None:
+        raise ValueError(f"{name}={value} needs an end: slice(last) or slice(first, last)")
+    if not start:
+        return [stop / 10] * (n_groups - 1) + [stop]
+    if n_groups == 1:
+        return [stop]
+    if start * stop <= 0:
+        raise ValueError(f"{name}={value} is spread geometrically, which needs two numbers of the same sign")
+    ratio = (stop / start) ** (1 / (n_groups - 1))
+    return [start * ratio**i for i in range(n_groups)]
+
+
+class HyperView(MutableMapping[str, Any]):
+    """The hypers of one group as a live mapping: reads and writes go to the group that is in the optimizer now."""
+
+    def __init__(self, group: Callable[[], Group], names: HyperNames) -> None:
+        self._group = group
+        self._names = names
+
+    def __getitem__(self, name: str) -> Any:
+        hypers = self._names.hypers(self._group())
+        if name in hypers:
+            return hypers[name]
+        if name in _BOOKKEEPING:
+            raise KeyError(name)
+        return self._group()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        group = self._group()
+        set_item_pg(group, self._names.stored_name(name, group), value)
+
+    def __delitem__(self, name: str) -> None:
+        stored = self._names.stored_name(name, self._group())
+        if stored not in self._group() or stored in _BOOKKEEPING:
+            raise KeyError(f"hyper-parameter {name!r} cannot be removed from this group")
+        del self._group()[stored]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names.hypers(self._group()))
+
+    def __len__(self) -> int:
+        return len(self._names.hypers(self._group()))
+
+    def __repr__(self) -> str:
+        return repr(self._names.hypers(self._group()))
+
+
+class GroupsView(MutableSequence[T]):
+    """A live sequence with one item per parameter group, read and written through two functions of the index."""
+
+    def __init__(self, length: Callable[[], int], get: Callable[[int], T], put: Callable[[int, T], None]) -> None:
+        self._length, self._get, self._put = length, get, put
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> MutableSequence[T]: ...
+    def __getitem__(self, index: int | slice) -> T | MutableSequence[T]:
+        positions = range(len(self))[index]
+        return self._get(positions) if isinstance(positions, int) else [self._get(i) for i in positions]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        positions = range(len(self))[index]
+        if isinstance(positions, int):
+            return self._put(positions, value)
+        values = list(value)
+        if len(values) != len(positions):
+            raise ValueError(f"{len(positions)} parameter groups cannot take {len(values)} values")
+        for i, item in zip(positions, values, strict=True):
+            self._put(i, item)
+        return None
+
+    def __delitem__(self, index: Any) -> None:
+        raise TypeError("parameter groups cannot be removed through this view; assign opt.param_groups")
+
+    def insert(self, index: int, value: T) -> None:
+        """Refused: a group comes with `add_param_group`."""
+        raise TypeError("parameter groups are added with opt.add_param_group({'params': ...})")
+
+    def __len__(self) -> int:
+        return self._length()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Iterable) or isinstance(other, str):
+            return NotImplemented
+        theirs = list(other)
+        return len(self) == len(theirs) and all(a is b or a == b for a, b in zip(self, theirs, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # a live view, like a list
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
+def same_tensor_everywhere(groups: Sequence[Group], key: str) -> bool:
+    """Whether several groups share one tensor object under `key`, as after `Adam(groups, lr=torch.tensor(0.1))`."""
+    values = [g.get(key) for g in groups]
+    return len(values) > 1 and isinstance(values[0], Tensor) and all(v is values[0] for v in values)

@@ -1,0 +1,95 @@
+"""Lookahead around any optimizer, as two more callbacks of its chain."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+
+from .base import _BaseOptimizer
+from .cbs import Cb, lookahead_start, lookahead_step
+from .checks import check_hyper
+from .hypers import Hyper, group_values
+from .optimizer import Optimizer
+from .optimizers import RAdam, _pick, _pick_betas
+from .wrapper import OptimWrapper
+
+
+class Lookahead(Optimizer):
+    """Every `k`-th step the parameters go the fraction `alpha` of the way from where they were `k` steps before.
+
+    Built from `opt`, whose groups and state it shares: the chain of `opt` between `lookahead_start` and
+    `lookahead_step`. Keeps `k` and `alpha` in the groups, `slow_weights` and `count` in the state of each parameter.
+    Zhang et al., https://arxiv.org/abs/1907.08610.
+
+    Args:
+        opt: an optimizer of this library, or of torch (wrapped in `OptimWrapper`).
+        k: steps between two synchronisations.
+        alpha: step size of the slow weights.
+    """
+
+    _kept: ClassVar[tuple[str, ...]] = (*Optimizer._kept, "hp_map", "opt")
+
+    def __init__(self, opt: torch.optim.Optimizer, k: Hyper = 6, alpha: Hyper = 0.5) -> None:
+        if isinstance(opt, torch.optim.Optimizer) and not isinstance(opt, _BaseOptimizer):
+            opt = OptimWrapper(opt)
+        if not isinstance(opt, Optimizer):
+            raise TypeError(f"Lookahead needs an optimizer, got a {type(opt).__name__}")
+        n_groups = len(opt.param_groups)
+        hypers = {"k": group_values("k", k, n_groups), "alpha": group_values("alpha", alpha, n_groups)}
+        for name, values in hypers.items():
+            for i, value in enumerate(values):
+                check_hyper("Lookahead", name, value, i)
+        self.opt = opt
+        # RMSProp's group has an `alpha` of its own, PyTorch's name of its averaging factor
+        taken = {"lookahead_alpha": "alpha"} if "alpha" in opt.hp_map else {}
+        self.hp_map = {**opt.hp_map, **taken}
+        self._share(opt, hypers)
+
+    def _check_hyper(self, name: str, value: Any, group: int) -> None:
+        if name in ("k", "alpha"):
+            check_hyper("Lookahead", name, value, group)
+        elif "opt" in self.__dict__:
+            self.opt._check_hyper(name, value, group)
+
+    def _share(self, opt: Optimizer, hypers: dict[str, list[Any]]) -> None:
+        """Take over groups and state of `opt` as they are, with `hypers` added to each group."""
+        chain: tuple[Cb, ...] = (lookahead_start, *opt.cbs, lookahead_step)
+        torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
+        self.cbs, self.train_bn, self._engine = chain, opt.train_bn, opt._engine
+        self.param_groups, self.state = opt.param_groups, opt.state
+        for name, values in hypers.items():
+            stored = "lookahead_alpha" if name == "alpha" and "lookahead_alpha" in self.hp_map else name
+            self.defaults[stored] = values[-1]
+            for group, value in zip(self.param_groups, values, strict=True):
+                group[stored] = value
+
+
+class Ranger(Lookahead):
+    """Lookahead around RAdam. Arguments as for `RAdam`, then `k` and `alpha` of Lookahead."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Hyper = 1e-3,
+        mom: Hyper = 0.95,
+        wd: Hyper = 0.01,
+        eps: Hyper = 1e-6,
+        k: Hyper = 6,
+        alpha: Hyper = 0.5,
+        *,
+        sqr_mom: Hyper = 0.99,
+        beta: Hyper = 0.0,
+        decouple_wd: bool = True,
+        betas: tuple[float, float] | None = None,
+        weight_decay: Hyper | None = None,
+        engine: str | None = None,
+    ) -> None:
+        mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.95, 0.99), betas)
+        wd = _pick("wd", wd, 0.01, "weight_decay", weight_decay)
+        inner = RAdam(params, lr, mom, sqr_mom, eps, wd, beta, decouple_wd, engine=engine)
+        super().__init__(inner, k, alpha)
+
+
+#: The name of the document that this library follows; a class like the others.
+ranger = Ranger

@@ -1,0 +1,185 @@
+"""The optimizer: a chain of callbacks that steps the parameters of its groups."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import _BaseOptimizer, outside_compile
+from .engine import Choice, GroupWork, Needs, Reduce, chain_defaults, chain_needs, choose, keywords
+from .groups import check_groups, collect_groups
+from .hypers import Group, group_values
+from .state import ParamState
+from .state_dict import load_state_dict, make_state_dict
+
+StateDict = dict[str, Any]
+
+
+class Optimizer(_BaseOptimizer):
+    """Updates `params` with a chain of callbacks.
+
+    Args:
+        params: a tensor, tensors, `(name, tensor)` pairs, or groups of those as lists or as torch's dicts.
+        cbs: one callback or several, called in order for each parameter that has a gradient as
+            `cb(p, **state_of_p, **hypers_of_its_group)`; a returned dict is merged into the state.
+        train_bn: kept for the reader of `opt.train_bn`; what trains is decided by `force_train`.
+        engine: executor to run the chain with; by default the best one there is (see `opt.engine`).
+        **defaults: hyper-parameters, over those in the callbacks' `defaults`: one number, one per group, or a slice.
+
+    Raises:
+        TypeError, ValueError: parameters, groups or hyper-parameters that cannot be used, named in the message.
+    """
+
+    _kept: ClassVar[tuple[str, ...]] = ("_freeze_to", "cbs", "train_bn", "_engine", "_warned_momentum")
+    _warned_momentum = False
+    cbs: tuple[Callable[..., Any], ...]
+
+    def __init__(
+        self,
+        params: Any,
+        cbs: Callable[..., Any] | Iterable[Callable[..., Any]] | None,
+        train_bn: bool = True,
+        *,
+        engine: str | None = None,
+        **defaults: Any,
+    ) -> None:
+        self.cbs = _as_chain(cbs)
+        self.train_bn = train_bn
+        self._engine = engine
+        choose(engine)
+        groups = collect_groups(params)
+        hypers = {**chain_defaults(self.cbs), **defaults}
+        values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
+        # a group added later takes the last group's value: it is a new head more often than a new stem
+        last = {name: per_group[-1] for name, per_group in values.items()}
+        stored_defaults = self._names.to_stored(last, {})
+        for i, group in enumerate(groups):
+            own = {name: per_group[i] for name, per_group in values.items()}
+            group.update(self._complete(group, self._names.to_stored(own, {})))
+        super().__init__(groups, stored_defaults)
+        self.state = ParamState()
+
+    def _complete(self, group: Group, defaults: Group) -> Group:
+        """`group` in stored names, with `defaults` where it says nothing itself. Empties what it takes from `group`."""
+        own = {k: group.pop(k) for k in list(group) if k not in ("params", "param_names")}
+        return {**defaults, **self._names.to_stored(own, defaults)}
+
+    @outside_compile
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add one group, `{'params': ..., 'lr': ...}`; hyper-parameters that it lacks take the optimizer's defaults."""
+        if not isinstance(param_group, Mapping):
+            raise TypeError(f"a parameter group is a dict with 'params', got a {type(param_group).__name__}")
+        (group,) = collect_groups([dict(param_group)])
+        group.update(self._complete(group, self.defaults))
+        for name, value in self._names.hypers(group).items():
+            self._check_hyper(name, value, len(self.param_groups))
+        check_groups([*self.param_groups, group])
+        self.param_groups.append(group)
+
+    @property
+    def needs(self) -> Needs:
+        """What the chain must see of a sharded parameter: `'elementwise'`, `'norm'` or `'whole'`."""
+        return chain_needs(self.cbs)
+
+    @property
+    def engine(self) -> tuple[Choice, ...]:
+        """Which executor runs each group, and why."""
+        name, _, reason = choose(self._engine)
+        return tuple(Choice(i, name, reason) for i in range(len(self.param_groups)))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient and is not frozen.
+
+        Args:
+            closure: computes the loss anew and returns it; called once, with gradients enabled, before anything else.
+
+        Returns:
+            What `closure` returned, None without one.
+        """
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = _evaluate(closure)
+        self.run(list(self._work()))
+        return loss
+
+    def _work(self) -> Iterator[GroupWork]:
+        """The groups with the parameters that step now."""
+        for i, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
+            if params:
+                yield self.group_work(i, params, [self.state[p] for p in params])
+
+    def group_work(self, i: int, params: list[Tensor], states: list[Any]) -> GroupWork:
+        """The work of group `i` on `params` (its parameters or slices of them) with their live `states`."""
+        return GroupWork(i, self.param_groups[i], self.hypers_of(i), params, states)
+
+    @outside_compile
+    @torch.no_grad()
+    def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
+        """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
+        self._warn_of_ignored_momentum(work)
+        _, execute, _ = choose(self._engine)
+        execute(self.cbs, work, reduce)
+
+    def _warn_of_ignored_momentum(self, work: list[GroupWork]) -> None:
+        """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""
+        if self._warned_momentum or "momentum" not in self.hp_map:
+            return
+        if any("mom" in keywords(cb) or hasattr(cb, "step_all") for cb in self.cbs):
+            return
+        if any(w.hypers.get("mom", 0) != 0 for w in work):
+            self._warned_momentum = True
+            warnings.warn(
+                f"{type(self).__name__} was built with mom=0, so its chain keeps no average of the gradient and the "
+                f"momentum that is set now has no effect: build it with a momentum other than 0",
+                stacklevel=5,
+            )
+
+    @outside_compile
+    def state_dict(self) -> StateDict:
+        """State and groups in torch's shape, `{'state': {id: {...}}, 'param_groups': [...]}`.
+
+        The containers are new; the tensors are the live ones. A frozen group has `'frozen': True`.
+        """
+        return make_state_dict(self)
+
+    @outside_compile
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over state, hyper-parameters and freezing from `state_dict`, in torch's or in fastai's shape.
+
+        Parameters are matched by name where both sides have names, else by position. Tensors keep their dtype and move
+        to the device of their parameter. Nothing changes if anything does not fit.
+
+        Raises:
+            ValueError: groups, members, names or shapes differ.
+        """
+        load_state_dict(self, state_dict)
+
+    def _load_value(self, p: Any, key: str, value: Any) -> Any:
+        """One value of a loaded state as it is kept for `p`: tensors on its device, the step count as an int."""
+        if isinstance(value, Tensor):
+            if key == "step" and value.numel() == 1:
+                return int(value)
+            return value.to(p.device) if isinstance(p, Tensor) else value
+        return value
+
+
+def _as_chain(cbs: Callable[..., Any] | Iterable[Callable[..., Any]] | None) -> tuple[Callable[..., Any], ...]:
+    """The callbacks as a tuple; a TypeError names what cannot be called."""
+    chain = () if cbs is None else (cbs,) if callable(cbs) else tuple(cbs)
+    for i, cb in enumerate(chain):
+        if not callable(cb):
+            raise TypeError(f"cbs[{i}] is a {type(cb).__name__}, not a function of a parameter")
+    return chain
+
+
+def _evaluate(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

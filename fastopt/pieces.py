@@ -1,0 +1,133 @@
+"""The value that sharding and checkpoints share: a *piece*, a named box of a tensor with its data.
+
+A tensor is known by its name, its global shape and its dtype. What one process holds of it is a list of boxes;
+a box together with the local data is a piece. Everything here is pure: no process group, no file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Box:
+    """An axis-aligned part of a tensor: `offset` of its first element and its `shape`, one entry per dimension."""
+
+    offset: Shape
+    shape: Shape
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.shape):
+            raise ValueError(f"a box needs one offset per dimension, got offset {self.offset} and shape {self.shape}")
+        if any(n < 0 for n in (*self.offset, *self.shape)):
+            raise ValueError(f"a box has no negative numbers, got offset {self.offset} and shape {self.shape}")
+
+    @classmethod
+    def whole(cls, shape: Shape | torch.Size) -> Box:
+        """The box that is all of a tensor of `shape`."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def stop(self) -> Shape:
+        """One past the last index, per dimension."""
+        return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index that cuts this box out of the whole tensor."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
+
+    def fits(self, shape: Shape | torch.Size) -> bool:
+        """Whether the box lies inside a tensor of `shape`."""
+        return len(shape) == len(self.shape) and all(e <= n for e, n in zip(self.stop, shape, strict=True))
+
+    def intersect(self, other: Box) -> Box | None:
+        """The common part, in global coordinates; None where the boxes share no element."""
+        if len(self.shape) != len(other.shape):
+            raise ValueError(f"boxes of {len(self.shape)} and {len(other.shape)} dimensions do not intersect")
+        start = tuple(max(a, b) for a, b in zip(self.offset, other.offset, strict=True))
+        stop = tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
+        shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+        return None if any(n <= 0 for n in shape) else Box(start, shape)
+
+    def relative_to(self, origin: Box) -> Box:
+        """The same box in coordinates whose zero is the first element of `origin`."""
+        return Box(tuple(a - b for a, b in zip(self.offset, origin.offset, strict=True)), self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A box of the tensor that belongs to the parameter `name`, with the local data (`data.shape == box.shape`).
+
+    `shape` is the global shape of the tensor. A state of an optimizer is a tuple of pieces where it is sharded.
+    """
+
+    name: str
+    shape: Shape
+    box: Box
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        if not self.box.fits(self.shape):
+            raise ValueError(f"the piece of {self.name!r} at {self.box} is not inside shape {self.shape}")
+        got = tuple(self.data.shape)
+        if got != self.box.shape:
+            raise ValueError(f"the piece of {self.name!r} has a box of shape {self.box.shape} and data of shape {got}")
+
+
+def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box]:
+    """The boxes that make up elements `start` to `stop` of a row-major tensor of `shape`, in that order.
+
+    At most `2 * len(shape) - 1` boxes. Each is contiguous in the flattened tensor, and so is their sequence: the data
+    of the interval, cut at the boxes' sizes, is the data of the boxes.
+    """
+    shape = tuple(shape)
+    if not 0 <= start <= stop <= math.prod(shape):
+        raise ValueError(f"the interval {start}:{stop} is not inside a tensor of shape {shape}")
+    if start == stop:
+        return []
+    if not shape:
+        return [Box((), ())]
+    inner = shape[1:]
+    row = math.prod(inner)
+    first, last = start // row, (stop - 1) // row
+    if first == last and (start % row or stop % row):
+        return [_under(first, box) for box in interval_boxes(inner, start - first * row, stop - first * row)]
+    boxes: list[Box] = []
+    if start % row:
+        boxes += [_under(first, box) for box in interval_boxes(inner, start - first * row, row)]
+        first += 1
+    full_stop = stop // row
+    if full_stop > first:
+        boxes.append(Box((first, *(0,) * len(inner)), (full_stop - first, *inner)))
+    if stop % row:
+        boxes += [_under(full_stop, box) for box in interval_boxes(inner, 0, stop - full_stop * row)]
+    return boxes
+
+
+def _under(index: int, box: Box) -> Box:
+    """`box` of row `index` as a box of the tensor with one more leading dimension."""
+    return Box((index, *box.offset), (1, *box.shape))
+
+
+def cut_interval(name: str, shape: Shape | torch.Size, start: int, stop: int, flat: Tensor) -> tuple[Piece, ...]:
+    """Pieces of elements `start:stop` of a tensor of parameter `name`; `flat` `[stop - start]` is viewed, no copy."""
+    got = tuple(flat.shape)
+    if got != (stop - start,):
+        raise ValueError(f"the interval {start}:{stop} of {name!r} needs {stop - start} elements, got shape {got}")
+    pieces, at = [], 0
+    for box in interval_boxes(shape, start, stop):
+        pieces.append(Piece(name, tuple(shape), box, flat[at : at + box.numel].view(box.shape)))
+        at += box.numel
+    return tuple(pieces)

@@ -1,0 +1,77 @@
+# Sourced by scripts/test and scripts/train. Makes `.venv` of this checkout, or brings it up to date, and sets
+#   root    the folder of the checkout
+#   python  the interpreter in `.venv`
+#
+# `.venv/fastopt-installed` says what is installed: a checksum of all that the installation depends on, or "unfinished"
+# from its start to its end. An environment that was left unfinished is made again, one whose installation failed is
+# installed into again; one without that file was made by somebody else, and is installed into and never removed.
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+python=$root/.venv/bin/python
+stamp=$root/.venv/fastopt-installed
+
+fail() {
+  printf '%s: %s\n' "${0##*/}" "$1" >&2
+  exit 1
+}
+
+wanted() {
+  { printf '%s\n' "$root" && cat "$root/pyproject.toml" "$root/constraints.txt" "${BASH_SOURCE[0]}"; } | cksum
+}
+
+installed() {
+  [[ -r $stamp && $(<"$stamp") == "$(wanted)" ]] && "$python" -c '' 2>/dev/null
+}
+
+# The first Python that fits; one without venv and ensurepip (a package of its own on Debian) does not.
+find_python() {
+  local candidate check='import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
+    if "$candidate" -c "$check" >/dev/null 2>&1; then
+      printf '%s\n' "$candidate"
+      return
+    fi
+  done
+  fail 'found no Python 3.11, 3.12 or 3.13 with its venv module (python3-venv on Debian); install one, or name it in PYTHON=/path/to/python3.'
+}
+
+install() {
+  local interpreter code=0
+  log=$(mktemp) || fail 'could not make a temporary file.'
+  trap 'rm -f "$log"' EXIT
+  if [[ -e $stamp && $(<"$stamp") == unfinished ]] || [[ -e $stamp && ! -x $python ]]; then
+    rm -rf "$root/.venv"
+  fi
+  if [[ ! -e $root/.venv ]]; then
+    interpreter=$(find_python) || exit
+    printf 'Making .venv with %s, this takes some minutes once.\n' "$("$interpreter" --version)" >&2
+    mkdir "$root/.venv" || fail "cannot write into $root."
+    printf 'unfinished\n' >"$stamp"
+    "$interpreter" -m venv "$root/.venv" >"$log" 2>&1 || { cat "$log" >&2; fail "could not make $root/.venv."; }
+  else
+    "$python" -m pip --version >/dev/null 2>&1 || fail "$root/.venv has no working Python with pip; remove it and run this again."
+    printf 'Bringing .venv up to date.\n' >&2
+    printf 'unfinished\n' >"$stamp"
+  fi
+  # What pip says matters only when it fails: many of its warnings are about this machine and not about us.
+  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --no-input \
+    --editable "$root[dev]" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
+  if ((code)); then
+    cat "$log" >&2
+    # A pip that was killed may leave half of a package behind, one that gave up does not.
+    ((code > 128)) || printf 'failed\n' >"$stamp"
+    fail 'pip could not install fastopt and what it needs; its messages are above.'
+  fi
+  wanted >"$stamp"
+}
+
+if ! installed; then
+  (
+    # One at a time: a second command waits here, and finds the work done.
+    if command -v flock >/dev/null; then
+      exec 9>"$root/.venv.lock"
+      flock 9
+    fi
+    installed || install
+  ) || exit
+fi

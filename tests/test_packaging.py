@@ -1,0 +1,121 @@
+"""What an installation brings: the three folders as one package, under no other name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PARTS = {"distributed": "fastopt/distributed", "checkpoint": "fastopt/checkpoint"}
+
+
+def modules() -> set[str]:
+    """The source files of the package, by the place where they are installed."""
+    places = {"fastopt": "fastopt", **PARTS}
+    return {
+        str(place / path.relative_to(ROOT / folder))
+        for folder, place in ((folder, Path(place)) for folder, place in places.items())
+        for path in (ROOT / folder).rglob("*.py")
+        if path.relative_to(ROOT).parts[:2] not in {("fastopt", part) for part in PARTS}
+    }
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    """Builds `wheel` or `sdist` from `source`, with the setuptools that is installed here."""
+    into.mkdir()
+    program = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, into], cwd=source, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return into / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the build reads: it writes beside its sources."""
+    copy = tmp_path_factory.mktemp("source") / "fastopt"
+    copy.mkdir()
+    for name in ("fastopt", "distributed", "checkpoint"):
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist") / "out")
+
+
+@pytest.fixture(scope="module", params=["checkout", "sdist"])
+def wheel(request: pytest.FixtureRequest, source: Path, sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    if request.param == "sdist":
+        with tarfile.open(sdist) as archive:
+            archive.extractall(folder, filter="data")
+        (source,) = folder.iterdir()
+    return build("wheel", source, folder / "out")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_package_links_to_the_folder_at_the_top(part: str) -> None:
+    assert os.readlink(ROOT / "fastopt" / part) == f"../{part}"
+
+
+def test_every_folder_with_code_is_listed() -> None:
+    listed = {name.replace(".", "/") for name in PROJECT["tool"]["setuptools"]["packages"]}
+    assert listed == {str(Path(name).parent) for name in modules()}
+    for package in listed:
+        assert (ROOT / package / "__init__.py").is_file(), f"{package} has no __init__.py"
+
+
+def test_the_wheel_holds_all_modules_as_files_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+    metadata = {name for name in entries if name.split("/")[0].endswith(".dist-info")}
+    assert set(entries) - metadata == modules() | {"fastopt/py.typed"}
+    links = [name for name, info in entries.items() if (info.external_attr >> 16) & 0o170000 == 0o120000]
+    assert links == []
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = (
+        "import importlib.util, fastopt, fastopt.distributed, fastopt.checkpoint\n"
+        "print(fastopt.__file__)\n"
+        "print([name for name in ('distributed', 'checkpoint') if importlib.util.find_spec(name)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    where, top_level = done.stdout.splitlines()
+    assert Path(where) == tmp_path / "site" / "fastopt" / "__init__.py"
+    assert top_level == "[]"
+
+
+def test_constraints_name_every_direct_requirement_and_no_place() -> None:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line for line in lines if "/" in line or "@" in line] == []
+    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    needed = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
+    names = {line.partition(">=")[0].partition("[")[0].lower() for line in needed}
+    assert names - pinned == {"fastopt"}
