@@ -1,0 +1,14 @@
+"""Checkpoints: named boxes in safetensors files, saved and loaded by any number of processes.
+
+    fastopt.checkpoint.save("/data/run1", step=1000, model=model, opt=opt, scheduler=scheduler, extra={"epoch": 3})
+    resumed = fastopt.checkpoint.load("/data/run1", model=model, opt=opt, scheduler=scheduler)
+
+Any fsspec URL will do. The format is described in docs/checkpoint-format.md.
+"""
+
+from .catalog import Entry, latest, prune, steps
+from .errors import CheckpointError
+from .loading import Checkpoint, load
+from .saving import save
+
+__all__ = ["Checkpoint", "CheckpointError", "Entry", "latest", "load", "prune", "save", "steps"]

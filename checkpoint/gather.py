@@ -1,0 +1,200 @@
+"""What of a model and an optimizer goes into a checkpoint, under which names. Local: no collective, no file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pieces import Box, Piece, Shape
+from . import sharded_tensor
+from .datafile import Item
+from .dtypes import dtype_name
+from .errors import CheckpointError
+from .manifest import model_key, rng_key, state_key
+from .values import Json, encode
+
+PARAMS_ONLY = frozenset({"params", "param_names"})
+
+
+@dataclass
+class Snapshot:
+    """What this rank has to save. `about` is JSON by section (model, opt, state), to be compared between ranks.
+
+    `shared`: tensors that this rank holds whole, and others may hold too. `own`: boxes that only this rank holds.
+    A tensor in `about["model"]` is `[kind, dtype, shape]`, of kind shared, first (rank 0 has the say) or pieces.
+    A state in `about["state"]` is `[kind, ...]`: `["shared", dtype, shape]`, `["pieces"]` or `["value", encoded]`.
+    """
+
+    about: dict[str, Json] = field(default_factory=lambda: {"model": None, "opt": None, "state": {}})
+    shared: dict[str, Tensor] = field(default_factory=dict)
+    own: list[Item] = field(default_factory=list)
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes that this rank writes in any case."""
+        return sum(item.nbytes for item in self.own)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile, whose wrapping only prefixes the names."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def take_model(snapshot: Snapshot, model: nn.Module) -> None:
+    """Add the model's state dict: tied tensors once, with their further names beside."""
+    tensors: dict[str, Json] = {}
+    aliases: dict[str, str] = {}
+    values: dict[str, Json] = {}
+    first_name: dict[int, str] = {}
+    for name, value in unwrap(model).state_dict(keep_vars=True).items():
+        if not isinstance(value, Tensor):
+            values[name] = encode(value, f"model value {name!r}")
+        elif id(value) in first_name:
+            aliases[name] = first_name[id(value)]
+        else:
+            first_name[id(value)] = name
+            kind = _take_tensor(snapshot, model_key(name), value.detach(), f"model tensor {name!r}")
+            if kind == "shared" and not isinstance(value, nn.Parameter):
+                kind = "first"  # running statistics differ between ranks: never a mixture
+            tensors[name] = [kind, dtype_name(value.dtype, name), list(value.shape)]
+    snapshot.about["model"] = {"tensors": tensors, "order": list(tensors), "aliases": aliases, "values": values}
+
+
+def _take_tensor(snapshot: Snapshot, key: str, value: Tensor, where: str) -> str:
+    """Add a tensor; the answer is its kind: shared (whole, maybe also elsewhere) or pieces (of a DTensor)."""
+    if sharded_tensor.is_one(value):
+        for box, local in sharded_tensor.written_here(value, where):
+            _take_piece(snapshot, key, tuple(value.shape), box, local, where)
+        return "pieces"
+    _check_plain(key, value, where)
+    snapshot.shared[key] = value
+    return "shared"
+
+
+def _take_piece(snapshot: Snapshot, key: str, shape: Shape, box: Box, data: Tensor, where: str) -> None:
+    _check_plain(key, data, where)
+    snapshot.own.append(Item(key, dtype_name(data.dtype, where), shape, box, data.detach()))
+
+
+def _check_plain(key: str, value: Tensor, where: str) -> None:
+    if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+        raise CheckpointError(f"{where} has no plain data to save (device {value.device}, layout {value.layout})")
+    dtype_name(value.dtype, where)
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{where}: the name {key!r} is not valid unicode") from None
+
+
+def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> None:
+    """Add groups, hyper-parameters and states, by parameter name."""
+    names = names_by_group(opt, model)
+    params = {
+        n: p
+        for group, ns in zip(opt.param_groups, names, strict=True)
+        for n, p in zip(ns, group["params"], strict=True)
+    }
+    state_dict = opt.state_dict()
+    groups = []
+    name_of: dict[int, str] = {}
+    for i, (group, members) in enumerate(zip(state_dict["param_groups"], names, strict=True)):
+        name_of |= dict(zip(group["params"], members, strict=True))
+        options = {k: encode(v, f"group {i} {k!r}") for k, v in group.items() if k not in PARAMS_ONLY}
+        groups.append({"params": members, "options": options})
+    snapshot.about["opt"] = {
+        "params": {n: list(p.shape) for n, p in params.items()},
+        "dtypes": {n: dtype_name(p.dtype, f"parameter {n!r}") for n, p in params.items()},
+        "groups": groups,
+    }
+    for number, state in state_dict["state"].items():
+        if number not in name_of:
+            raise CheckpointError(f"the optimizer's state has an entry {number!r} that belongs to no parameter")
+        name = name_of[number]
+        about = {key: _take_state(snapshot, opt, name, params[name], key, value) for key, value in state.items()}
+        snapshot.about["state"][name] = about
+
+
+def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor, key: Any, value: Any) -> Json:
+    where = f"state {key!r} of {name!r}"
+    if type(key) is not str:
+        raise CheckpointError(f"{where}: the keys of a state must be strings")
+    stored = state_key(name, key)
+    if isinstance(value, tuple) and all(isinstance(piece, Piece) for piece in value):
+        for piece in value:
+            _take_piece(snapshot, stored, piece.shape, piece.box, piece.data, where)
+        return ["pieces"]
+    if not isinstance(value, Tensor):
+        return ["value", encode(value, where)]
+    if not sharded_tensor.is_one(value):
+        boxes = boxes_of(opt, param, tuple(value.shape))
+        if boxes != [Box.whole(value.shape)]:  # a whole copy of a sharded state, as after consolidating
+            for box in boxes:
+                _take_piece(snapshot, stored, tuple(value.shape), box, value[box.slices], where)
+            return ["pieces"]
+    kind = _take_tensor(snapshot, stored, value, where)
+    return ["pieces"] if kind == "pieces" else [kind, dtype_name(value.dtype, where), list(value.shape)]
+
+
+def take_rng(snapshot: Snapshot, rank: int, states: Mapping[str, Tensor]) -> None:
+    """Add the random generators of this rank."""
+    for name, state in states.items():
+        shape = tuple(state.shape)
+        snapshot.own.append(Item(rng_key(rank, name), "U8", shape, Box.whole(shape), state))
+
+
+def boxes_of(opt: Any, param: Tensor, shape: Shape) -> list[Box]:
+    """The boxes that this rank holds of a state of `shape` of `param`: all of it, unless the optimizer knows better."""
+    ask = getattr(opt, "boxes", None)
+    return [Box.whole(shape)] if ask is None else list(ask(param, shape))
+
+
+def names_by_group(opt: Any, model: nn.Module | None) -> list[list[str]]:
+    """The names of the parameters of each group: the model's where it has them, else the optimizer's own.
+
+    Raises CheckpointError where a parameter has no name, or two have the same.
+    """
+    known = {} if model is None else {id(p): name for name, p in unwrap(model).named_parameters()}
+    own = own_names(opt)
+    names = [[known.get(id(p), own.get(id(p))) for p in group["params"]] for group in opt.param_groups]
+    nameless = [
+        f"number {j} of group {i} (shape {tuple(opt.param_groups[i]['params'][j].shape)})"
+        for i, group in enumerate(names)
+        for j, name in enumerate(group)
+        if name is None
+    ]
+    if nameless:
+        raise CheckpointError(
+            f"{len(nameless)} parameters of the optimizer have no name, the first is {nameless[0]}: pass the model="
+            f" they belong to, or build the optimizer from model.named_parameters()"
+        )
+    flat = [name for group in names for name in group]
+    twice = sorted({str(name) for name in flat if flat.count(name) > 1}) if len(set(flat)) < len(flat) else []
+    if twice:
+        raise CheckpointError(f"several parameters of the optimizer have the same name: {', '.join(twice[:10])}")
+    return [[str(name) for name in group] for group in names]
+
+
+def own_names(opt: Any) -> dict[int, str]:
+    """The names that the optimizer itself has for its parameters, by `id` of the parameter."""
+    ask = getattr(opt, "param_names", None)
+    if callable(ask):
+        return {id(p): name for p, name in ask().items()}
+    return {
+        id(p): name
+        for group in opt.param_groups
+        for p, name in zip(group["params"], _listed(group.get("param_names")), strict=False)
+    }
+
+
+def _listed(names: Iterable[str] | None) -> Iterable[str]:
+    return () if names is None else names

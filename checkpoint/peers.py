@@ -1,0 +1,126 @@
+"""The processes that save or load together, and the rule by which none of them is left waiting.
+
+See [Note: nobody waits].
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch.distributed as dist
+
+from .errors import CheckpointError
+
+# [Note: nobody waits]
+# Every rank enters the same collectives in the same order, whatever goes wrong locally. So everything that can fail
+# runs inside `agree` (or `on_first`): its exception is caught, travels with the results, and every rank raises the same
+# CheckpointError naming the rank and the cause. Between two collectives nothing may raise.
+
+T = TypeVar("T")
+_cpu_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+
+class LostContact(CheckpointError):
+    """A collective itself failed: what the other ranks did is not known."""
+
+
+class Peers:
+    """A process group, or this process alone. `rank` and `size` count within the group."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        chosen = group if group is not None else dist.group.WORLD
+        if dist.get_rank(chosen) < 0:
+            raise CheckpointError("this process is not a member of the group that it saves or loads with")
+        self.rank, self.size = dist.get_rank(chosen), dist.get_world_size(chosen)
+        self._group = _cpu_group(chosen)
+
+    def agree(self, doing: str, work: Callable[[], T]) -> list[T]:
+        """The results of `work` of all ranks; CheckpointError on every rank where it failed on any. Collective."""
+        own, caught = _attempt(work)
+        if self._group is None:
+            if caught is not None:
+                raise (
+                    caught if isinstance(caught, CheckpointError) else CheckpointError(_text(doing, caught))
+                ) from caught
+            return [cast(T, own)]
+        results: list[Any] = [None] * self.size
+        record = (own, None if caught is None else _text(doing, caught))
+        self._collective(doing, lambda: dist.all_gather_object(results, record, group=self._group))
+        self._raise([error for _, error in results], caught)
+        return [result for result, _ in results]
+
+    def to_first(self, doing: str, work: Callable[[], T], then: Callable[[list[T]], Any]) -> Any:
+        """Run `work` on every rank, give the results of all to `then` on rank 0, and its result to every rank.
+
+        A failure of any of them is a CheckpointError on every rank. Collective.
+        """
+        if self._group is None:
+            return self.agree(doing, lambda: then([work()]))[0]
+        own, caught = _attempt(work)
+        record = (own, None if caught is None else _text(doing, caught))
+        records: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        self._collective(doing, lambda: dist.gather_object(record, records, group=self._group, group_dst=0))
+        outcome: list[Any] = [None]
+        if records is not None:
+            errors = [error for _, error in records]
+            answer, at_first = None, None
+            if not any(errors):
+                answer, at_first = _attempt(lambda: then([result for result, _ in records]))
+                errors[0] = None if at_first is None else _text(doing, at_first)
+                caught = caught or at_first
+            outcome = [(answer, errors)]
+        self._collective(doing, lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
+        answer, errors = outcome[0]
+        self._raise(errors, caught)
+        return answer
+
+    def on_first(self, doing: str, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and give its result to every rank, or its failure. Collective."""
+        return cast(T, self.to_first(doing, lambda: None, lambda _: work()))
+
+    def _collective(self, doing: str, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:
+            text = f"rank {self.rank} lost touch with the others while {doing}: {error}"
+            raise LostContact(text) from error
+
+    def _raise(self, errors: list[str | None], own: Exception | None) -> None:
+        failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
+        if not failed:
+            return
+        texts = list(dict.fromkeys(error for _, error in failed))
+        if len(texts) == 1 and len(failed) == self.size:
+            raise CheckpointError(texts[0]) from own
+        shown = "\n".join(f"rank {rank}: {error}" for rank, error in failed[:8])
+        more = f"\n(and {len(failed) - 8} more ranks)" if len(failed) > 8 else ""
+        raise CheckpointError(shown + more) from own
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _text(doing: str, error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__} while {doing}: {error}"
+
+
+def _cpu_group(group: Any) -> Any:
+    """`group` if it moves CPU data, else a Gloo group of the same ranks, made once. Collective the first time."""
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    if group not in _cpu_groups:
+        ranks = dist.get_process_group_ranks(group)
+        _cpu_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _cpu_groups[group]

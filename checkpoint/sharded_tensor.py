@@ -1,0 +1,70 @@
+"""DTensors, such as fully_shard makes: which box of the whole this rank holds, and a whole one from a local part."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from ..pieces import Box
+from .errors import CheckpointError
+
+
+def is_one(value: Tensor) -> bool:
+    """Whether `value` is a DTensor. Where nothing has imported them, nothing is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def box_here(value: Any, where: str) -> Box:
+    """The box that this rank holds of a DTensor, maybe without elements.
+
+    Dimensions are cut as torch.chunk cuts them, in the order of the mesh's dimensions. Raises CheckpointError for
+    placements other than Shard and Replicate.
+    """
+    coordinate = value.device_mesh.get_coordinate()
+    offset, shape = [0] * value.ndim, list(value.shape)
+    if coordinate is None:
+        return Box(tuple(offset), (0,) * value.ndim)
+    for axis, placement in enumerate(value.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement).__name__ != "Shard":
+            raise CheckpointError(f"{where} is placed as {placement}; only Shard and Replicate can be saved or loaded")
+        dim = placement.dim % value.ndim
+        chunk = -(-shape[dim] // value.device_mesh.size(axis))
+        start = min(chunk * coordinate[axis], shape[dim])
+        offset[dim] += start
+        shape[dim] = min(chunk, shape[dim] - start)
+    box = Box(tuple(offset), tuple(shape))
+    if tuple(value.to_local().shape) != box.shape:
+        raise CheckpointError(
+            f"{where}: the local part has shape {tuple(value.to_local().shape)}, expected {box.shape}"
+        )
+    return box
+
+
+def written_here(value: Any, where: str) -> list[tuple[Box, Tensor]]:
+    """What this rank saves of a DTensor: its part, unless an earlier rank of a replicating dimension holds it too."""
+    box = box_here(value, where)
+    coordinate = value.device_mesh.get_coordinate()
+    copies = coordinate is None or any(
+        coordinate[axis] for axis, placement in enumerate(value.placements) if placement.is_replicate()
+    )
+    return [] if copies else [(box, value.to_local())]
+
+
+def like(value: Any, local: Tensor) -> Tensor:
+    """A DTensor laid out as `value` whose local part is `local`, on the device of `value`."""
+    from torch.distributed.tensor import DTensor
+
+    made: Tensor = DTensor.from_local(
+        local.to(value.device),
+        value.device_mesh,
+        value.placements,
+        run_check=False,
+        shape=value.shape,
+        stride=value.stride(),
+    )
+    return made
