@@ -1,0 +1,20 @@
+"""Sharding: `shard(opt, model)` spreads an optimizer's state over the ranks of a `torchrun` job (ZeRO 1 and 2)."""
+
+from .collectives import Ranks
+from .consistency import RanksDiffer
+from .layout import BUCKET_BYTES, Bucket, Entry, Layout, ParamSpec, Region
+from .shard import shard
+from .sharded import ShardedOptimizer
+
+__all__ = [
+    "BUCKET_BYTES",
+    "Bucket",
+    "Entry",
+    "Layout",
+    "ParamSpec",
+    "Ranks",
+    "RanksDiffer",
+    "Region",
+    "ShardedOptimizer",
+    "shard",
+]

@@ -1,0 +1,101 @@
+"""An optimizer around another one, whose groups, hyper-parameters, freezing and state it shows as its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..base import _BaseOptimizer
+from ..engine import Choice, Needs
+from ..hypers import Group, HyperNames
+from ..optimizer import Optimizer
+from ..state import ParamState
+
+
+class AroundOptimizer(_BaseOptimizer):
+    """What is forwarded to the optimizer within, `self.opt`. There is one truth, so schedulers may be built on either.
+
+    Base classes write groups and state while they are set up, when there is no optimizer within yet: that is ignored.
+    """
+
+    opt: Optimizer
+
+    @property
+    def _within(self) -> Optimizer | None:
+        """`opt` once there is one; also on a proxy that has the attributes of this object but not its `__dict__`."""
+        return getattr(self, "opt", None)
+
+    @property
+    def inner(self) -> Optimizer:
+        """The optimizer within, also `self.opt`."""
+        return self.opt
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The groups of the optimizer within."""
+        return [] if self._within is None else self.opt.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        if self._within is not None:
+            self.opt.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The state of the optimizer within, by parameter."""
+        return ParamState() if self._within is None else self.opt.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._within is not None:
+            self.opt.state = state
+
+    @property
+    def cbs(self) -> tuple[Callable[..., Any], ...]:
+        """The chain."""
+        return self.opt.cbs
+
+    @property
+    def hp_map(self) -> Mapping[str, str]:  # type: ignore[override]  # not to be assigned here
+        """Stored names to hypers."""
+        return {} if self._within is None else self.opt.hp_map
+
+    @property
+    def _names(self) -> HyperNames:
+        return self.opt._names
+
+    @property
+    def _freeze_to(self) -> int:
+        return self.opt._freeze_to
+
+    @_freeze_to.setter
+    def _freeze_to(self, n: int) -> None:
+        self.opt._freeze_to = n
+
+    @property
+    def train_bn(self) -> bool:
+        """Kept for the reader, see `Optimizer`."""
+        return self.opt.train_bn
+
+    @property
+    def needs(self) -> Needs:
+        """What the chain must see of a parameter."""
+        return self.opt.needs
+
+    @property
+    def engine(self) -> tuple[Choice, ...]:
+        """Which executor runs each group, and why."""
+        return self.opt.engine
+
+    def set_hypers(self, **kwargs: Any) -> None:
+        """Set hyper-parameters in every group: one value, one per group, or a slice."""
+        self.opt.set_hypers(**kwargs)
+
+
+def refuse(what: str) -> Callable[..., None]:
+    """A hook before method `what` of an optimizer that has been sharded and holds only a part of its state."""
+
+    def refused(*_: Any) -> None:
+        raise RuntimeError(f"this optimizer has been sharded: call {what}() of the optimizer that shard() gave")
+
+    return refused

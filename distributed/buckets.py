@@ -1,0 +1,116 @@
+"""Flat buffers: the memory of a bucket's parameters, which become views of it, and the slices that a rank owns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+
+from .collectives import Ranks
+from .layout import Bucket, Layout
+
+
+@dataclass
+class FlatBucket:
+    """A bucket at run time.
+
+    Attributes:
+        bucket: its place in the layout.
+        flat: `[bucket.numel]`, the memory of all its parameters.
+        label: what a profiler shows, naming the bucket and its first and last parameter.
+    """
+
+    bucket: Bucket
+    flat: Tensor
+    label: str
+
+
+class Buffers:
+    """All buckets of a layout with their memory, on one rank.
+
+    Making it moves `params` (in the layout's order) into the buffers: each keeps its identity and its value, and
+    becomes a contiguous view. A collective on the buffer then reads and writes the parameters in place.
+    """
+
+    def __init__(self, layout: Layout, rank: int, params: Sequence[Tensor]) -> None:
+        self.rank = rank
+        self.layout = layout
+        self.params: list[Tensor] = []
+        self.buckets: list[FlatBucket] = []
+        self._slices: dict[int, Tensor] = {}
+        self._spans: dict[int, tuple[int, int, int]] = {}
+        self._homes: dict[int, int] = {}
+        self.extend(layout, params)
+
+    def extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
+        """Take in `params`, the parameters of the buckets that `layout` has more than the present one."""
+        self.layout = layout
+        self.params += params
+        for bucket in layout.buckets[len(self.buckets) :]:
+            self.buckets.append(self._make(bucket))
+
+    def _make(self, bucket: Bucket) -> FlatBucket:
+        """The buffer of `bucket`, with its parameters moved in."""
+        members = [self.params[entry.param] for entry in bucket.entries]
+        flat = torch.zeros(bucket.numel, dtype=bucket.dtype, device=members[0].device)
+        for entry, p in zip(bucket.entries, members, strict=True):
+            home = flat[entry.start : entry.stop]
+            home.copy_(p.detach().reshape(-1))
+            p.data = home.view(p.shape)
+            self._homes[entry.param] = p.data_ptr()
+            start, stop = bucket.interval(entry, self.rank)
+            self._slices[entry.param] = home[start:stop]
+            first = entry.start + start - bucket.region(self.rank).start if stop > start else 0
+            self._spans[entry.param] = (bucket.index, first, first + stop - start)
+        names = [self.layout.params[bucket.entries[i].param].name for i in (0, -1)]
+        return FlatBucket(bucket, flat, f"bucket {bucket.index} ({names[0]} .. {names[1]})")
+
+    def slice(self, param: int) -> Tensor:
+        """The elements of parameter `param` that this rank owns, 1-d, a view of the parameter's memory."""
+        return self._slices[param]
+
+    def span(self, param: int) -> tuple[int, int, int]:
+        """Where in this rank's regions the same elements are: index of the bucket, start and stop in its region."""
+        return self._spans[param]
+
+    def cut(self, param: int, whole: Tensor) -> Tensor:
+        """The same elements of `whole`, a tensor of the parameter's shape: a view if `whole` is contiguous."""
+        start, stop = self.layout.interval(param, self.rank)
+        return whole.reshape(-1)[start:stop]
+
+    def gather(self, ranks: Ranks, params: Iterable[int]) -> None:
+        """Bring the buckets of `params` from the owners of their regions to all ranks. Collective."""
+        pending = []
+        for index in sorted({self.layout.place(i)[0].index for i in params}):
+            flat = self.buckets[index]
+            with record_function(f"fastopt gather {flat.label}"):
+                pending.append(ranks.gather_bucket(flat.bucket, flat.flat))
+        for each in pending:
+            each.wait()
+
+    def displaced(self) -> list[str]:
+        """Names of parameters whose memory is no longer in the buffer, because somebody has assigned `p.data`."""
+        return [
+            self.layout.params[i].name
+            for i, home in self._homes.items()
+            if self.params[i].data_ptr() != home and self.params[i].numel()
+        ]
+
+
+def shared_memory(named: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:
+    """The names of two different tensors that use the same memory, None if there are none."""
+    extents = []
+    for name, p in named:
+        if p.numel():
+            reach = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True)) + 1
+            start = p.data_ptr()
+            extents.append((str(p.device), start, start + reach * p.element_size(), name))
+    extents.sort()
+    for (device, _, end, name), (next_device, start, _, next_name) in pairwise(extents):
+        if device == next_device and start < end:
+            return name, next_name
+    return None

@@ -1,0 +1,114 @@
+"""Do the ranks agree? A difference becomes the same exception on all of them, before anything is changed.
+
+[Note: agreement]
+Ranks exchange one small message of a fixed size: the digest of what must be equal, and a byte per thing to be told
+(which gradients there are, say). Only if the digests differ do they exchange *reports*, the same in words, and every
+rank raises the same `RanksDiffer`. A message precedes the collectives whose shapes depend on what was agreed, and it
+has one size wherever it is sent from: ranks that are in different places meet in a message, not in a hang.
+
+Three places send messages: the first launch of a round in a backward pass, clipping, and the step. A rank that has made
+fewer backward passes than others is told so at its step (or clipping), and joins their rounds with zeros.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from .collectives import Ranks
+
+DIGEST_BYTES = 16
+BOTH_WAYS = 2 * DIGEST_BYTES
+
+SHOWN = 12
+"""Differences in one message."""
+
+Report = Mapping[str, Any]
+
+
+class RanksDiffer(RuntimeError):
+    """The ranks of a sharded optimizer disagree on something that must be equal; raised on all of them."""
+
+
+def agree(ranks: Ranks, facts: Any, told: Sequence[int], report: Callable[[], Report]) -> list[int]:
+    """Check that `facts` are equal on all ranks, and give the largest of what each tells. One small collective.
+
+    Args:
+        ranks: who takes part.
+        facts: what must be equal; compared by its `repr`.
+        told: numbers from 0 to 255, as many on every rank.
+        report: makes the facts readable, subject to value; called only if they differ.
+
+    Raises:
+        RanksDiffer: on all ranks, with the subjects, values and ranks that differ.
+    """
+    if ranks.alone:
+        return list(told)
+    message = torch.tensor([*both_ways(facts), *told], dtype=torch.uint8)
+    heard: list[int] = ranks.largest_bytes(message).tolist()
+    if not equal_everywhere(heard[:BOTH_WAYS]):
+        disagree(ranks, report())
+    return heard[BOTH_WAYS:]
+
+
+def both_ways(facts: Any) -> list[int]:
+    """The digest of `facts` and its complement, `BOTH_WAYS` numbers to be told."""
+    digest = _digest(facts)
+    return [*digest, *(255 - b for b in digest)]
+
+
+def equal_everywhere(largest: Sequence[int]) -> bool:
+    """Whether all ranks told the same digest: the largest complement is the complement of the smallest digest."""
+    half = len(largest) // 2
+    return all(a == 255 - b for a, b in zip(largest[:half], largest[half:], strict=True))
+
+
+def disagree(ranks: Ranks, report: Report) -> NoReturn:
+    """Raise what differs between the reports of the ranks, all of which must call this."""
+    compare(ranks.gather_objects(dict(report)))
+
+
+def agree_fully(ranks: Ranks, report: Report) -> None:
+    """As `agree`, for set-up, where nothing is known of the other ranks yet: reports may differ in length."""
+    if not ranks.alone and len(set(ranks.gather_objects(_digest(list(report.items()))))) > 1:
+        disagree(ranks, report)
+
+
+def _digest(facts: Any) -> bytes:
+    return hashlib.blake2b(repr(facts).encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def compare(reports: Sequence[Report]) -> NoReturn:
+    """Raise `RanksDiffer` with the differences between the ranks' reports.
+
+    If a rank reports a problem, it is that which has to be mended: the rest is left out.
+    """
+    subjects = list(dict.fromkeys(subject for report in reports for subject in report))
+    if "problem" in subjects:
+        subjects = ["problem"]
+    lines = []
+    for subject in subjects:
+        values: dict[str, list[int]] = {}
+        for rank, report in enumerate(reports):
+            values.setdefault(_shown(report[subject]) if subject in report else "nothing", []).append(rank)
+        if len(values) > 1:
+            told = "; ".join(f"{value} on {_name_ranks(where)}" for value, where in values.items())
+            lines.append(f"{subject}: {told}")
+    more = [f"and {len(lines) - SHOWN} more differences"] if len(lines) > SHOWN else []
+    raise RanksDiffer("the ranks disagree\n  " + "\n  ".join(lines[:SHOWN] + more))
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 300 else text[:300] + "..."
+
+
+def _name_ranks(where: Sequence[int]) -> str:
+    """`rank 3`, `ranks 0, 1`; many are cut short."""
+    if len(where) == 1:
+        return f"rank {where[0]}"
+    return f"ranks {', '.join(map(str, where[:8]))}" + (f" and {len(where) - 8} more" if len(where) > 8 else "")

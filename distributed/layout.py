@@ -1,0 +1,267 @@
+"""Who owns what: the layout, a pure value that says which interval of which flattened parameter each rank owns.
+
+Nothing here knows of processes or tensors, so a layout for 16,384 ranks is made and tested in one process.
+
+[Note: buckets and regions]
+Parameters of one group, one dtype and one device lie one after the other in *buckets*. A bucket is what one collective
+moves; rank `r` owns its *region* `r`. A parameter starts at a multiple of `ALIGN_BYTES`, the gap before it is padding.
+
+    bucket   | a a a a a a . . | b b b b b b b b b b b | c . . . . . |       (. is padding)
+    ranks    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|                              layout 'even': equal regions, cut anywhere
+    ranks    |------- 1 -------|---------- 0 ----------|----- 1 -----|      is not allowed: a rank has one region
+    bucket   | b b b b b b b b b b b | a a a a a a . . c . . |               so 'whole' sorts a bucket by owner
+    ranks    |---------- 0 ----------|---------- 1 ----------|
+
+Regions of an `even` layout are equal on all ranks whatever the parameters are, and a bucket never mixes groups:
+freezing any set of groups leaves every rank with the same work. In a `whole` layout each parameter has one owner;
+owners are balanced within every group first, then over all groups.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from ..pieces import Box, Shape, interval_boxes
+
+ALIGN_BYTES = 16
+"""Parameters and regions start at multiples of this many bytes (what vector loads and tensor cores ask for)."""
+
+BUCKET_BYTES = 25 * 2**20
+"""Default size of a bucket. A larger parameter is a bucket of its own."""
+
+Kind = Literal["even", "whole"]
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """What a layout needs to know of one parameter: name, shape, dtype, index of its group, device."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    group: int
+    device: str = "cpu"
+
+    @property
+    def numel(self) -> int:
+        """Number of elements (1 for shape `()`)."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A parameter's place in a bucket: its index in the layout and its elements `start` to `stop` of the flat buffer.
+
+    `owner` is the rank that owns all of it in a `whole` layout, None in an `even` one.
+    """
+
+    param: int
+    start: int
+    stop: int
+    owner: int | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The elements `start` to `stop` of a bucket's flat buffer that `rank` owns."""
+
+    rank: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements, padding included."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters of one group, dtype and device in one flat buffer of `numel` elements.
+
+    `owned` lists the regions of a `whole` layout, one per rank that owns something, in the order of the buffer;
+    it is None in an `even` layout, where every rank owns `numel / world_size` elements.
+    """
+
+    index: int
+    group: int
+    dtype: torch.dtype
+    device: str
+    numel: int
+    world_size: int
+    entries: tuple[Entry, ...]
+    owned: tuple[Region, ...] | None = None
+
+    def region(self, rank: int) -> Region:
+        """What `rank` owns of the flat buffer; empty, at its end, where it owns no parameter of a `whole` bucket."""
+        if self.owned is None:
+            share = self.numel // self.world_size
+            return Region(rank, rank * share, (rank + 1) * share)
+        return self._by_rank.get(rank, Region(rank, self.numel, self.numel))
+
+    @cached_property
+    def _by_rank(self) -> dict[int, Region]:
+        return {region.rank: region for region in self.owned or ()}
+
+    def interval(self, entry: Entry, rank: int) -> tuple[int, int]:
+        """The part of the flattened parameter at `entry` that `rank` owns; `(n, n)` where it owns nothing."""
+        region = self.region(rank)
+        start = min(max(region.start, entry.start), entry.stop)
+        stop = max(min(region.stop, entry.stop), start)
+        return start - entry.start, stop - entry.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A parameter list cut into buckets for `world_size` ranks. Made by `Layout.even` or `Layout.whole`."""
+
+    kind: Kind
+    world_size: int
+    params: tuple[ParamSpec, ...]
+    buckets: tuple[Bucket, ...]
+    bucket_bytes: int = BUCKET_BYTES
+    _places: dict[int, tuple[Bucket, Entry]] = field(init=False, repr=False, compare=False, hash=False)
+
+    def __post_init__(self) -> None:
+        places = {entry.param: (bucket, entry) for bucket in self.buckets for entry in bucket.entries}
+        object.__setattr__(self, "_places", places)
+
+    @classmethod
+    def make(cls, kind: Kind, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+        """The layout of `kind` for `params` (in registration order) on `world_size` ranks."""
+        if world_size < 1:
+            raise ValueError(f"a layout needs at least one rank, got world_size={world_size}")
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes is a positive number of bytes, got {bucket_bytes}")
+        if kind not in ("even", "whole"):
+            raise ValueError(f"the kind of a layout is 'even' or 'whole', got {kind!r}")
+        return cls(kind, world_size, (), (), bucket_bytes).extended(params)
+
+    @classmethod
+    def even(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+        """Every bucket split evenly: for chains of elementwise cbs and chains whose only coupling is a norm."""
+        return cls.make("even", params, world_size, bucket_bytes)
+
+    @classmethod
+    def whole(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+        """Every parameter on one owner: for chains that need whole parameters."""
+        return cls.make("whole", params, world_size, bucket_bytes)
+
+    def extended(self, params: Iterable[ParamSpec]) -> Layout:
+        """This layout with more parameters in new buckets; what is there stays where it is."""
+        new = tuple(params)
+        indices = range(len(self.params), len(self.params) + len(new))
+        every = self.params + new
+        owners = self._owners(every, indices) if self.kind == "whole" else None
+        buckets = list(self.buckets)
+        for members in _chunks(every, indices, self.bucket_bytes):
+            buckets.append(_bucket(len(buckets), every, members, self.world_size, owners))
+        return Layout(self.kind, self.world_size, every, tuple(buckets), self.bucket_bytes)
+
+    def _owners(self, params: Sequence[ParamSpec], new: Sequence[int]) -> dict[int, int]:
+        """An owner for each of `new`: per group the largest first, each to the rank with the least of that group.
+
+        Ranks with equally much of the group are told apart by what they hold in all, then by their number. The order
+        depends on the layout alone, so every rank comes to the same owners.
+        """
+        total = [0] * self.world_size
+        for index in range(len(self.params)):
+            total[self.owner(index)] += params[index].numel
+        owners: dict[int, int] = {}
+        for group in sorted({params[i].group for i in new}):
+            heap = [(0, load, rank) for rank, load in enumerate(total)]
+            heapq.heapify(heap)
+            for i in sorted((i for i in new if params[i].group == group), key=lambda i: (-params[i].numel, i)):
+                in_group, load, rank = heap[0]
+                owners[i] = rank
+                total[rank] = load + params[i].numel
+                heapq.heapreplace(heap, (in_group + params[i].numel, total[rank], rank))
+        return owners
+
+    def place(self, param: int) -> tuple[Bucket, Entry]:
+        """The bucket of parameter `param` (its index) and its entry there."""
+        return self._places[param]
+
+    def interval(self, param: int, rank: int) -> tuple[int, int]:
+        """`start, stop` of the elements of the flattened parameter that `rank` owns."""
+        bucket, entry = self._places[param]
+        return bucket.interval(entry, rank)
+
+    def owner(self, param: int) -> int:
+        """The one rank that owns parameter `param` in a `whole` layout."""
+        owner = self._places[param][1].owner
+        if owner is None:
+            raise ValueError(f"parameter {self.params[param].name!r} has no single owner in an {self.kind!r} layout")
+        return owner
+
+    def boxes(self, param: int, rank: int, shape: Shape | None = None) -> list[Box]:
+        """The boxes that `rank` holds of a state tensor of `shape` (by default the parameter's) of parameter `param`.
+
+        A state that is shaped like its parameter is held as the parameter is; any other (a 0-d count) is held whole:
+        by every rank of an `even` layout, by the owner of a `whole` one.
+        """
+        own = self.params[param].shape
+        shape = own if shape is None else tuple(shape)
+        if self.kind == "whole":
+            return [Box.whole(shape)] if self.owner(param) == rank else []
+        if shape != own:
+            return [Box.whole(shape)]
+        return interval_boxes(shape, *self.interval(param, rank))
+
+    def elements(self, rank: int) -> int:
+        """How many elements of parameters `rank` owns (padding not counted)."""
+        return sum(stop - start for start, stop in (self.interval(i, rank) for i in range(len(self.params))))
+
+
+def _align(count: int, dtype: torch.dtype, parts: int = 1) -> int:
+    """`count` elements rounded up so that each of `parts` equal parts is a multiple of the alignment."""
+    unit = max(1, ALIGN_BYTES // dtype.itemsize) * parts
+    return -(-count // unit) * unit
+
+
+def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int) -> list[list[int]]:
+    """The members of each bucket: consecutive parameters of one group, dtype and device up to `bucket_bytes`.
+
+    Buckets come in the order of their first parameter, so that registration order is kept as far as can be.
+    """
+    chunks: list[list[int]] = []
+    filling: dict[tuple[int, torch.dtype, str], tuple[list[int], int]] = {}
+    for i in indices:
+        spec = params[i]
+        key = (spec.group, spec.dtype, spec.device)
+        size = _align(spec.numel, spec.dtype) * spec.dtype.itemsize
+        members, filled = filling.get(key, ([], 0))
+        if not members or filled + size > bucket_bytes:
+            members, filled = [], 0
+            chunks.append(members)
+        members.append(i)
+        filling[key] = (members, filled + size)
+    return chunks
+
+
+def _bucket(
+    index: int, params: Sequence[ParamSpec], members: list[int], world_size: int, owners: dict[int, int] | None
+) -> Bucket:
+    """The bucket that holds `members`, sorted by owner where there are owners."""
+    if owners is not None:
+        members = sorted(members, key=lambda i: (owners[i], i))
+    first = params[members[0]]
+    entries: list[Entry] = []
+    bounds: dict[int, tuple[int, int]] = {}
+    at = 0
+    for i in members:
+        stop = at + params[i].numel
+        entries.append(Entry(i, at, stop, None if owners is None else owners[i]))
+        if owners is not None:
+            bounds[owners[i]] = (bounds.get(owners[i], (at, at))[0], _align(stop, first.dtype))
+        at = _align(stop, first.dtype)
+    owned = None if owners is None else tuple(Region(rank, *bound) for rank, bound in bounds.items())
+    numel = at if owners is not None else _align(at, first.dtype, world_size)
+    return Bucket(index, first.group, first.dtype, first.device, numel, world_size, tuple(entries), owned)

@@ -1,0 +1,29 @@
+"""The global norm of sharded gradients, and clipping by it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .collectives import Ranks
+
+
+def total_norm(slices: Iterable[Tensor], norm_type: float, ranks: Ranks, device: torch.device) -> Tensor:
+    """The `norm_type` norm of all ranks' `slices` together, a 0-d float64 tensor. One collective of one number.
+
+    Sums run in float64, so that it does not matter where the slices are cut.
+    """
+    norms = [
+        torch.linalg.vector_norm(part, norm_type, dtype=torch.float64).to(device) for part in slices if part.numel()
+    ]
+    local = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64, device=device)
+    if norm_type == float("inf"):
+        return ranks.largest(local.max())
+    return ranks.sum(local.pow(norm_type).sum()).pow(1 / norm_type)
+
+
+def clip_factor(total: Tensor, max_norm: float) -> Tensor:
+    """What to multiply gradients of norm `total` with so that their norm is at most `max_norm`; 1 if it is already."""
+    return (max_norm / (total + 1e-6)).clamp(max=1.0)

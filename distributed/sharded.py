@@ -1,0 +1,327 @@
+"""The optimizer that `shard` makes: the user's chain on the slices that this rank owns."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..base import outside_compile
+from ..engine import GroupWork, Reduce
+from ..engine.describe import attribute
+from ..optimizer import Optimizer
+from ..pieces import Box
+from ..state import flags_of
+from ..state_dict import load_state_dict, pack
+from .agreement import Agreement
+from .around import AroundOptimizer, refuse
+from .buckets import Buffers
+from .collectives import Ranks
+from .gradients import Gradients, LocalGradients, ReducedGradients
+from .layout import Layout
+from .norm import clip_factor, total_norm
+from .sharded_state import Held, consolidate, tensor_bytes
+
+StateDict = dict[str, Any]
+
+
+class ShardedOptimizer(AroundOptimizer):
+    """An optimizer whose state is spread over the ranks of a process group. Made by `fastopt.distributed.shard`.
+
+    `param_groups`, `hypers`, freezing and `set_hyper` are those of the optimizer it was made from (`opt.opt`): all
+    parameters, on every rank. `opt.state[p]` is this rank's part: 1-d slices of what is shaped like `p`, and all of the
+    rest. Every rank must make the same calls with the same hyper-parameters; `step` checks that they do.
+
+    In stage 2 a gradient leaves `p.grad` as soon as it is made, and `step` uses it up.
+    """
+
+    def __init__(
+        self,
+        opt: Optimizer,
+        model: nn.Module,
+        ranks: Ranks,
+        layout: Layout,
+        params: Sequence[Tensor],
+        stage: Literal[1, 2],
+    ) -> None:
+        torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
+        self.opt = opt
+        self.model = model
+        self.stage = stage
+        self._ranks = ranks
+        self._buffers = Buffers(layout, ranks.rank, params)
+        self._agreement = Agreement(self, ranks, self._buffers)
+        self._consolidated: dict[int, dict[str, Any]] | None = None
+        self._index = {id(p): i for i, p in enumerate(params)}
+        for flat in self._buffers.buckets:
+            ranks.broadcast(flat.flat)
+        self._gradients: Gradients = (
+            LocalGradients(self._buffers) if stage == 1 else ReducedGradients(ranks, self._buffers, self._agreement)
+        )
+        self._keep_own_state()
+        opt.register_step_pre_hook(refuse("step"))
+        opt.register_state_dict_pre_hook(refuse("state_dict"))
+        opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
+
+    # ---- who takes part
+
+    @property
+    def layout(self) -> Layout:
+        """Who owns what."""
+        return self._buffers.layout
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the state; None without an initialised process group."""
+        return self._ranks.group
+
+    @property
+    def rank(self) -> int:
+        """This process's number in the process group."""
+        return self._ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that share the state."""
+        return self._ranks.world_size
+
+    # ---- stepping
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient on any rank and is not frozen. Collective.
+
+        Args:
+            closure: computes the loss anew and returns it; called once, with gradients enabled, before anything else.
+
+        Returns:
+            What `closure` returned, None without one.
+
+        Raises:
+            RanksDiffer: on all ranks, before anything moves, if hyper-parameters or freezing differ between ranks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step_slices()
+        return loss
+
+    @outside_compile
+    @torch.no_grad()
+    def _step_slices(self) -> None:
+        stepping = self._agreement.settle("step", self._gradients)
+        if self.layout.kind == "whole":
+            self._run_whole(stepping)
+        else:
+            self._run_slices(stepping)
+        self._buffers.gather(self._ranks, stepping)
+        self._gradients.consumed()
+        self._consolidated = None
+        self._agreement.steps += 1
+        self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def _run_slices(self, stepping: list[int]) -> None:
+        """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
+        work = []
+        for group, members in self._by_group(stepping):
+            slices = [self._buffers.slice(i) for i in members]
+            for i, part in zip(members, slices, strict=True):
+                grad = self._gradients.slice(i)
+                part.grad = torch.zeros_like(part) if grad is None else grad
+            work.append(self._work(group, members, slices))
+        try:
+            self.opt.run(work, self._reduce if self.needs == "norm" else None)
+        finally:
+            for each in work:
+                for part in each.params:
+                    part.grad = None
+
+    def _run_whole(self, stepping: list[int]) -> None:
+        """Run the chain on the parameters that this rank owns."""
+        work, before = [], []
+        for group, members in self._by_group([i for i in stepping if self.layout.owner(i) == self.rank]):
+            params = [self._buffers.params[i] for i in members]
+            for i, p in zip(members, params, strict=True):
+                grad = self._gradients.slice(i)
+                before.append((p, p.grad))
+                p.grad = torch.zeros_like(p) if grad is None else grad.view(p.shape)
+            work.append(self._work(group, members, params))
+        try:
+            if work:
+                self.opt.run(work)
+        finally:
+            for p, grad in before:
+                p.grad = grad
+
+    def _by_group(self, stepping: list[int]) -> list[tuple[int, list[int]]]:
+        """The parameters `stepping` by group."""
+        groups: dict[int, list[int]] = {}
+        for i in stepping:
+            groups.setdefault(self.layout.params[i].group, []).append(i)
+        return sorted(groups.items())
+
+    def _work(self, group: int, members: list[int], tensors: list[Tensor]) -> GroupWork:
+        return self.opt.group_work(group, tensors, [self.state[self._buffers.params[i]] for i in members])
+
+    @property
+    def _reduce(self) -> Reduce | None:
+        """Sums partial sums over the ranks; None where there is one."""
+        if self._ranks.alone:
+            return None
+        device = next((p.device for p in self._buffers.params), torch.device("cpu"))
+        return lambda partial: self._ranks.sum(partial.to(device)).to(partial.device)
+
+    # ---- gradients
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Drop or zero the gradients, reduced ones too. See `Optimizer.zero_grad`."""
+        super().zero_grad(set_to_none)
+        self._gradients.clear()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Gradients of backward passes inside stay local and add up in `p.grad`; the next pass outside reduces them.
+
+        In stage 1 reducing is up to the model (use DistributedDataParallel's own `no_sync`), and this does nothing.
+        """
+        if isinstance(self._gradients, ReducedGradients):
+            return self._gradients.paused()
+        return contextlib.nullcontext()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients so that the norm of all of them together is at most `max_norm`. Collective.
+
+        Gradients of frozen parameters do not count. A parameter without a gradient on this rank counts as zero here.
+
+        Returns:
+            The norm before clipping, of the averaged gradients, a 0-d tensor.
+
+        Raises:
+            ValueError: `norm_type` is not positive.
+        """
+        if not norm_type > 0:
+            raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
+        members = self._agreement.settle("clip_grad_norm_", self._gradients)
+        parts = [part for part in map(self._gradients.slice, members) if part is not None]
+        device = next((p.device for p in self._buffers.params), torch.device("cpu"))
+        total = total_norm(parts, float(norm_type), self._ranks, device).float()
+        self._gradients.scale(members, clip_factor(total, max_norm))
+        return total
+
+    # ---- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its parameters get buckets of their own. Collective. They must be in the model."""
+        if self._within is None:
+            return
+        from .shard import extend
+
+        extend(self, param_group)
+
+    def _extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
+        """Take in the parameters of a new group."""
+        first = len(self._buffers.buckets)
+        self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
+        self._buffers.extend(layout, params)
+        for flat in self._buffers.buckets[first:]:
+            self._ranks.broadcast(flat.flat)
+        self._gradients.watch()
+
+    # ---- state
+
+    def _held(self, p: Tensor) -> Held:
+        """How this rank holds the state of `p`."""
+        return Held(self.layout, self.rank, self._index[id(p)], p.device)
+
+    @property
+    def _shaped(self) -> set[str]:
+        """Keys of states that the chain says are shaped like their parameter."""
+        return {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
+
+    def _keep_own_state(self) -> None:
+        """Cut whole states down to what this rank owns."""
+        shaped = self._shaped
+        for p, entry in list(self.state.items()):
+            held = self._held(p)
+            own = entry if held.owned else flags_of(entry)
+            self.state[p] = {key: held.take(key, value, key in shaped) for key, value in own.items()}
+
+    def _load_value(self, p: Any, key: str, value: Any) -> Any:
+        """One value of a loaded state as this rank holds it."""
+        return self.opt._load_value(p, key, self._held(p).take(key, value, key in self._shaped))
+
+    def _drop_foreign_state(self) -> None:
+        """Keep nothing but marks of parameters that other ranks own."""
+        for p, entry in list(self.state.items()):
+            if not self._held(p).owned:
+                self.state[p] = flags_of(entry)
+
+    def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
+        """Which boxes of a state of `p` with global `shape` this rank holds."""
+        return self.layout.boxes(self._index[id(p)], self.rank, tuple(shape))
+
+    def param_names(self) -> dict[Any, str]:
+        """The model's fully-qualified names by parameter."""
+        return {p: spec.name for spec, p in zip(self.layout.params, self._buffers.params, strict=True)}
+
+    def state_bytes(self) -> int:
+        """Bytes of the state tensors on this rank."""
+        return tensor_bytes(self.state)
+
+    def clear_state(self) -> None:
+        """Forget all training state; the marks `force_train` and `do_wd` stay."""
+        self._consolidated = None
+        super().clear_state()
+
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Bring the whole state to rank `to`, where `state_dict()` then shows whole tensors until the next step.
+
+        Collective. The memory of rank `to` must hold all of the state; a checkpoint needs no such thing.
+        """
+        if not 0 <= to < self.world_size:
+            raise ValueError(f"to={to} is no rank of {self.world_size}")
+        self._consolidated = consolidate(self._ranks, self.layout, self._buffers.params, self.state, to)
+
+    @outside_compile
+    def state_dict(self) -> StateDict:
+        """State and groups in torch's shape, on every rank and without communication.
+
+        What is spread over the ranks is a tuple of `Piece`, this rank's boxes of it, possibly none; other tensors and
+        numbers are as they are. After `consolidate_state_dict` the state is whole on the rank asked for.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        shown: dict[Any, Mapping[str, Any]] = {}
+        for i, p in enumerate(self._buffers.params):
+            if self._consolidated is not None:
+                shown[p] = self._consolidated.get(i, {})
+            elif p in self.state and (held := self._held(p)).owned:
+                shown[p] = {key: held.show(value) for key, value in self.state[p].items()}
+        packed = pack(self.param_groups, shown)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
+        return packed
+
+    @outside_compile
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over state, hyper-parameters and freezing. Each state is a whole tensor or this rank's pieces of it.
+
+        Every rank must load the same thing. Nothing changes on this rank if anything does not fit.
+
+        Raises:
+            ValueError: groups, members, names, shapes or pieces differ from what this rank holds.
+        """
+        load_state_dict(self, state_dict)  # type: ignore[arg-type]  # has all that it asks an Optimizer for
+        self._drop_foreign_state()
+        self._consolidated = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "a sharded optimizer is tied to its process group and cannot be copied or pickled: "
+            "save it with fastopt.checkpoint, or copy its state_dict()"
+        )

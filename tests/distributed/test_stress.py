@@ -1,0 +1,74 @@
+"""Sixty steps of everything at once, through real backward passes, against one process: bit for bit."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastopt.distributed import shard
+
+from .problems import ELEMENTWISE, Model, assert_same_run, gradient, members
+
+STEPS = 60
+
+
+def loss(params: list[Tensor], step: int, rank: int, used: list[bool]) -> Tensor | None:
+    """A loss whose gradient is exactly `gradient(step, i, rank)` for every parameter in use that trains."""
+    terms = [
+        (p * gradient(step, i, rank, p.detach())).sum() for i, p in enumerate(params) if used[i] and p.requires_grad
+    ]
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def anything(rank: int, world_size: int, name: str, seed: int) -> None:
+    """Random freezing, marks, rates and accumulation, alike on all ranks; gradients and whole passes that some lack."""
+    rng = random.Random(seed)
+    model, reference = Model(), Model()
+    sharded = shard(ELEMENTWISE[name](model.param_groups()), model, bucket_bytes=rng.choice([60, 150, 2**20]))
+    plain = ELEMENTWISE[name](reference.param_groups())
+    count = len(members(plain))
+    for step in range(STEPS):
+        marked, mark = rng.randrange(count), rng.choice(["force_train", "do_wd"])
+        setting = rng.random() < 0.5
+        first = rng.randrange(4)
+        rate = rng.choice([0.1, 0.01, 0.02])
+        for opt in (sharded, plain):
+            if step % 7 == 0:
+                opt.state[members(opt)[marked]].update({mark: setting})
+            if step % 5 == 0:
+                opt.freeze_to(min(first, 2))
+            opt.set_hyper("lr", rate)
+        passes = rng.choice([1, 1, 2, 3])
+        for part in range(passes):
+            used = [[rng.random() < 0.8 for _ in range(count)] for _ in range(world_size)]
+            number = step * 10 + part
+            synced = part == passes - 1 or rng.random() < 0.3
+            for each in range(world_size):
+                whole = loss(members(plain), number, each, used[each])
+                if whole is not None:
+                    # Averages over a power of two are exact, whenever they are divided.
+                    (whole / world_size).backward()
+            own = loss(members(sharded), number, rank, used[rank])
+            if own is not None and synced:
+                own.backward()
+            elif own is not None:
+                with sharded.no_sync():
+                    own.backward()
+        if rng.random() < 0.1:
+            sharded.zero_grad()
+            plain.zero_grad()
+        sharded.step()
+        plain.step()
+        sharded.zero_grad()
+        plain.zero_grad()
+    assert_same_run(sharded, plain, f"{name}, seed {seed}")
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(2, "adam"), (2, "adamw"), (2, "ranger"), (4, "adam")])
+def test_anything(ranks: Any, world_size: int, name: str) -> None:
+    ranks(world_size).run(anything, name, 17 + world_size, timeout=100)
+    assert torch.is_grad_enabled()

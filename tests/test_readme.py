@@ -1,0 +1,45 @@
+"""Every code block of the README runs as it stands there; what it prints says what the text claims."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from .commands import ROOT, run_command, torchrun
+
+_BLOCK = re.compile(r"^```python(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = [(m["kind"].strip(), m["code"]) for m in _BLOCK.finditer((ROOT / "README.md").read_text())]
+ALONE = [code for kind, code in BLOCKS if kind == ""]
+ON_RANKS = [code for kind, code in BLOCKS if kind == "torchrun"]
+
+
+def test_the_readme_has_the_blocks_that_are_run_here() -> None:
+    assert (len(ALONE), len(ON_RANKS)) == (2, 2)
+    assert len(BLOCKS) == 4
+
+
+@pytest.mark.parametrize("code", ALONE, ids=["optimizer", "own callbacks"])
+def test_single_process(code: str, tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(code)
+    printed = run_command(sys.executable, tmp_path / "example.py", cwd=tmp_path).stdout
+    assert "lr" in printed
+
+
+def test_many_ranks(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(ON_RANKS[0])
+    printed = torchrun(2, tmp_path / "example.py", cwd=tmp_path).stdout
+    parameters = 8 * 64 + 64 + 64 + 1
+    per_rank = [int(n) for n in re.findall(r"rank \d holds (\d+) bytes", printed)]
+    assert len(per_rank) == 2
+    assert all(n >= parameters * 2 * 4 / 2 for n in per_rank)
+    assert sum(per_rank) < 1.2 * parameters * 2 * 4, "two float32 averages, spread over the ranks"
+
+
+def test_save_and_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(ON_RANKS[1].replace("URL", repr(str(tmp_path / "run"))))
+    for ranks, steps in [(2, "1 to 10"), (3, "11 to 20"), (1, "21 to 30")]:
+        printed = torchrun(ranks, tmp_path / "example.py", cwd=tmp_path).stdout
+        assert [f"rank {r} of {ranks}: steps {steps}" in printed for r in range(ranks)] == [True] * ranks, printed
