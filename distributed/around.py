@@ -1,54 +1,25 @@
-"""An optimizer around another one, whose groups, hyper-parameters, freezing and state it shows as its own."""
+"""An optimizer around another one, whose chain, hyper-parameters and freezing it shows as its own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..base import _BaseOptimizer
+from ..around import Around
 from ..engine import Choice, Needs
-from ..hypers import Group, HyperNames
+from ..hypers import HyperNames
 from ..optimizer import Optimizer
-from ..state import ParamState
 
 
-class AroundOptimizer(_BaseOptimizer):
-    """What is forwarded to the optimizer within, `self.opt`. There is one truth, so schedulers may be built on either.
-
-    Base classes write groups and state while they are set up, when there is no optimizer within yet: that is ignored.
-    """
+class AroundOptimizer(Around):
+    """What is forwarded to the optimizer within, `self.opt`, beside groups and state."""
 
     opt: Optimizer
-
-    @property
-    def _within(self) -> Optimizer | None:
-        """`opt` once there is one; also on a proxy that has the attributes of this object but not its `__dict__`."""
-        return getattr(self, "opt", None)
 
     @property
     def inner(self) -> Optimizer:
         """The optimizer within, also `self.opt`."""
         return self.opt
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The groups of the optimizer within."""
-        return [] if self._within is None else self.opt.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
-        if self._within is not None:
-            self.opt.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The state of the optimizer within, by parameter."""
-        return ParamState() if self._within is None else self.opt.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        if self._within is not None:
-            self.opt.state = state
 
     @property
     def cbs(self) -> tuple[Callable[..., Any], ...]:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import cb_name
 from ..optimizer import Optimizer
-from ..wrapper import TorchStep, _evaluates_closure
+from ..wrapper import TorchStep, evaluates_closure
 from .buckets import shared_memory
 from .collectives import Ranks
 from .consistency import agree_fully
@@ -103,7 +103,7 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
         hint = ": wrap it in fastopt.OptimWrapper" if isinstance(opt, torch.optim.Optimizer) else ""
         raise TypeError(f"shard() takes an optimizer of fastopt, got a {type(opt).__name__}{hint}")
     for cb in opt.cbs:
-        if isinstance(cb, TorchStep) and _evaluates_closure(cb.opt):
+        if isinstance(cb, TorchStep) and evaluates_closure(cb.opt):
             raise TypeError(
                 f"{type(cb.opt).__name__} couples all parameters and evaluates the loss itself: not shardable"
             )

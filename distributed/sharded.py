@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base import outside_compile
 from ..engine import GroupWork, Reduce
 from ..engine.describe import attribute
+from ..hypers import Group
 from ..optimizer import Optimizer
 from ..pieces import Box
 from ..state import flags_of
@@ -251,9 +252,9 @@ class ShardedOptimizer(AroundOptimizer):
             own = entry if held.owned else flags_of(entry)
             self.state[p] = {key: held.take(key, value, key in shaped) for key, value in own.items()}
 
-    def _load_value(self, p: Any, key: str, value: Any) -> Any:
+    def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
         """One value of a loaded state as this rank holds it."""
-        return self.opt._load_value(p, key, self._held(p).take(key, value, key in self._shaped))
+        return self.opt._load_value(p, key, self._held(p).take(key, value, key in self._shaped), group)
 
     def _drop_foreign_state(self) -> None:
         """Keep nothing but marks of parameters that other ranks own."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .hypers import GroupsView, HyperNames, HyperView, group_values, same_tensor_everywhere, set_item_pg
+from .hypers import GroupsView, HyperNames, HyperView, check_name, group_values, same_tensor_everywhere, set_item_pg
 from .pieces import Box
 from .state import ParamState, flags_of
 
@@ -75,16 +75,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the number of values is not the number of groups, or a value is out of range.
         """
-        stored = self.param_groups[0].get(k) if self.param_groups else None
-        if isinstance(stored, tuple) and isinstance(v, list | tuple) and len(v) == len(stored):
-            items = self._names.hypers({k: tuple(v)})
-            if k not in items:  # such as betas=(0.9, 0.99): one value for every group, not one per group
-                return self.set_hypers(**items)
-        k = self.hp_map.get(k, k)
-        values = group_values(k, v, len(self.param_groups))
-        for i, value in enumerate(values):
-            self._check_hyper(k, value, i)
-        self._write_hyper(k, values)
+        self.set_hypers(**{k: v})
 
     def _write_hyper(self, k: str, values: list[Any]) -> None:
         """Store one value per group; a tensor stays the same object and takes the number, as schedulers do."""
@@ -99,9 +90,29 @@ class _BaseOptimizer(torch.optim.Optimizer):
                 set_item_pg(group, self._names.stored_name(k, group), value)
 
     def set_hypers(self, **kwargs: Any) -> None:
-        """`set_hyper` for each keyword."""
-        for k, v in kwargs.items():
-            self.set_hyper(k, v)
+        """`set_hyper` for each keyword; nothing is set if one of them cannot be."""
+        planned = [item for k, v in kwargs.items() for item in self._per_group(k, v).items()]
+        for k, values in planned:
+            self._write_hyper(k, values)
+
+    def _per_group(self, k: str, v: Any) -> dict[str, list[Any]]:
+        """Checked values, one per group, of the hyper or hypers that `k` names in either spelling."""
+        check_name(k)
+        stored = self.param_groups[0].get(k) if self.param_groups else None
+        if isinstance(stored, tuple) and k not in (items := self._names.hypers({k: stored})):
+            # such as betas=(0.9, 0.99): one value for every group, not one per group
+            if not isinstance(v, list | tuple) or len(v) != len(stored) or any(map(_is_collection, v)):
+                raise ValueError(
+                    f"{k}={v!r}, expected one number for each of {', '.join(items)}, the same in all groups"
+                )
+            given = dict(zip(items, v, strict=True))
+        else:
+            given = {k if k in self.hp_map.values() else self.hp_map.get(k, k): v}
+        found = {name: group_values(name, value, len(self.param_groups)) for name, value in given.items()}
+        for name, values in found.items():
+            for i, value in enumerate(values):
+                self._check_hyper(name, value, i)
+        return found
 
     def _check_hyper(self, name: str, value: Any, group: int) -> None:
         """Raise if `value` cannot be hyper `name`; the general optimizer takes everything."""
@@ -140,9 +151,12 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
     def steps_on(self, i: int, p: Any) -> bool:
         """Whether parameter `p` of group `i` steps when it has a gradient."""
-        if not self.is_frozen(i):
-            return True
-        return bool(self.state.get(p, {}).get("force_train", False)) and getattr(p, "requires_grad", False)
+        return not self.is_frozen(i) or self._is_forced(i, p)
+
+    def _is_forced(self, i: int, p: Any) -> bool:
+        """Whether `p` trains although its group is frozen: it is marked, and the marks of the group count."""
+        marked = bool(self.state.get(p, {}).get("force_train", False))
+        return marked and self.param_groups[i].get("frozen") != "all"
 
     @property
     def frozen_idx(self) -> int:
@@ -159,17 +173,17 @@ class _BaseOptimizer(torch.optim.Optimizer):
         """
         i = range(len(self.param_groups))[n]
         self._check_freezable([i])
-        self._freeze_group(i, rg, ignore_force_train)
+        self._freeze_group(i, False if rg else "all" if ignore_force_train else True)
 
-    def _freeze_group(self, i: int, rg: bool, ignore_force_train: bool = False) -> None:
+    def _freeze_group(self, i: int, frozen: bool | str) -> None:
+        """Store the freezing of group `i` (False, True, or 'all' where no mark counts) and tell autograd of it."""
         group = self.param_groups[i]
-        if rg:
-            group.pop("frozen", None)
+        if frozen:
+            group["frozen"] = frozen
         else:
-            group["frozen"] = True
+            group.pop("frozen", None)
         for p in tensors_of(group):
-            forced = self.state.get(p, {}).get("force_train", False) and not ignore_force_train
-            p.requires_grad_(rg or bool(forced))
+            p.requires_grad_(not frozen or self._is_forced(i, p))
 
     def _check_freezable(self, indices: Iterable[int]) -> None:
         for i in indices:
@@ -191,7 +205,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
         if n >= n_groups:
             warnings.warn(f"Freezing {n} groups; model has {n_groups}; whole model is frozen.", stacklevel=2)
         for i in range(n_groups):
-            self._freeze_group(i, rg=i >= n)
+            self._freeze_group(i, frozen=i < n)
         self._freeze_to = n
 
     def freeze(self) -> None:
@@ -249,6 +263,11 @@ class _BaseOptimizer(torch.optim.Optimizer):
             self.defaults.pop("differentiable", None)
         if not isinstance(self.state, ParamState):
             self.state = ParamState(self.state)
+
+
+def _is_collection(value: Any) -> bool:
+    """Whether `value` is several values, or a slice, instead of one."""
+    return isinstance(value, Iterable | slice) and not isinstance(value, str) and getattr(value, "ndim", 1) != 0
 
 
 def tensors_of(group: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
 
 _NOT_NEGATIVE = frozenset({"lr", "wd", "eps", "mom", "sqr_mom", "beta", "trust_coeff", "nu_1", "nu_2", "alpha"})
-_BELOW_ONE = frozenset({"sqr_mom"})
 
 
-def check_hyper(optimizer: str, name: str, value: Any, group: int) -> None:
-    """Raise if `value` cannot be hyper `name` of a group.
+def check_hyper(optimizer: str, name: str, value: Any, group: int, below_one: Collection[str] = ("sqr_mom",)) -> None:
+    """Raise if `value` cannot be hyper `name` of a group. `below_one` names those that must be less than 1.
 
     Raises:
         TypeError: it is no number.
@@ -28,5 +28,5 @@ def check_hyper(optimizer: str, name: str, value: Any, group: int) -> None:
             raise ValueError(f"{optimizer}: k of group {group} is {value!r}, expected a whole number from 1 on")
     elif not value >= 0:
         raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number >= 0")
-    elif name in _BELOW_ONE and value >= 1:
+    elif name in below_one and value >= 1:
         raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number below 1")

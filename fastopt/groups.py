@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def collect_groups(params: Any) -> list[Group]:
 
 
 def check_groups(groups: list[Group]) -> None:
-    """Raise a ValueError if a parameter stands twice in `groups`, or if only some groups name their parameters."""
+    """Raise a ValueError if a parameter stands twice in `groups`, a name twice in one, or if only some have names."""
     seen: dict[int, str] = {}
     for i, group in enumerate(groups):
         for j, p in enumerate(group["params"]):
@@ -47,6 +48,9 @@ def check_groups(groups: list[Group]) -> None:
                     f"group {i}: each parameter belongs to one group, once"
                 )
             seen[id(p)] = f"params[{j}] of group {i}"
+        names: list[str] = group.get("param_names", [])
+        if twice := sorted(name for name, n in Counter(names).items() if n > 1):
+            raise ValueError(f"group {i} has several parameters named {', '.join(map(repr, twice))}")
     named = ["param_names" in group for group in groups]
     if any(named) and not all(named):
         raise ValueError(

@@ -30,6 +30,14 @@ pytorch_hp_map = {
 # Entries of a group that are not hyper-parameters: its members, its freezing, and torch's implementation switches.
 _SWITCHES = ("foreach", "fused", "maximize", "differentiable", "capturable", "decoupled_weight_decay")
 _BOOKKEEPING = frozenset(("params", "param_names", "frozen", "name", *_SWITCHES))
+# Those of them that nothing may overwrite as if they were hyper-parameters.
+_RESERVED = frozenset({"params", "param_names", "frozen"})
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError if `name` is that of a part of the group which is no hyper-parameter."""
+    if name in _RESERVED:
+        raise ValueError(f"{name!r} is no hyper-parameter: assign opt.param_lists, or call freeze_to or set_freeze")
 
 
 def detuplify_pg(d: Mapping[str, Any]) -> Group:
@@ -114,6 +122,13 @@ class HyperNames:
         return stored
 
 
+def plain(value: Any, keep_tensor: bool = False) -> Any:
+    """A numpy scalar, a 0-d array or a 0-d tensor (unless `keep_tensor`) as a Python number, all else as it is."""
+    if getattr(value, "ndim", None) != 0 or (keep_tensor and isinstance(value, Tensor)):
+        return value
+    return value.item()
+
+
 def group_values(name: str, value: Any, n_groups: int) -> list[Any]:
     """One value of hyper `name` per group.
 
@@ -131,7 +146,7 @@ def group_values(name: str, value: Any, n_groups: int) -> list[Any]:
     elif hasattr(value, "tolist"):  # numpy scalars and arrays
         values = value.tolist()
     elif isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
-        values = [v.item() if getattr(v, "ndim", None) == 0 and not isinstance(v, Tensor) else v for v in value]
+        values = [plain(v, keep_tensor=name == "lr") for v in value]
         if len(values) == 1:
             values = values * n_groups
     else:
@@ -148,7 +163,7 @@ def group_values(name: str, value: Any, n_groups: int) -> list[Any]:
 
 def _spread(name: str, value: slice, n_groups: int) -> list[float]:
     """`slice(a, b)` or `slice(b)` as one number per group."""
-    start, stop = value.start, value.stop
+    start, stop = plain(value.start), plain(value.stop)
     if stop is None:
         raise ValueError(f"{name}={value} needs an end: slice(last) or slice(first, last)")
     if not start:
@@ -177,8 +192,9 @@ class HyperView(MutableMapping[str, Any]):
         return self._group()[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
+        check_name(name)
         group = self._group()
-        set_item_pg(group, self._names.stored_name(name, group), value)
+        set_item_pg(group, self._names.stored_name(name, group), plain(value, keep_tensor=True))
 
     def __delitem__(self, name: str) -> None:
         stored = self._names.stored_name(name, self._group())
@@ -194,6 +210,9 @@ class HyperView(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(self._names.hypers(self._group()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # a copy is a snapshot
 
 
 class GroupsView(MutableSequence[T]):
@@ -241,6 +260,9 @@ class GroupsView(MutableSequence[T]):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)  # a copy is a snapshot
 
 
 def same_tensor_everywhere(groups: Sequence[Group], key: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
+from .around import AroundChain
 from .base import _BaseOptimizer
-from .cbs import Cb, lookahead_start, lookahead_step
+from .cbs import lookahead_start, lookahead_step
 from .checks import check_hyper
 from .hypers import Hyper, group_values
 from .optimizer import Optimizer
@@ -15,7 +16,7 @@ from .optimizers import RAdam, _pick, _pick_betas
 from .wrapper import OptimWrapper
 
 
-class Lookahead(Optimizer):
+class Lookahead(AroundChain):
     """Every `k`-th step the parameters go the fraction `alpha` of the way from where they were `k` steps before.
 
     Built from `opt`, whose groups and state it shares: the chain of `opt` between `lookahead_start` and
@@ -28,41 +29,35 @@ class Lookahead(Optimizer):
         alpha: step size of the slow weights.
     """
 
-    _kept: ClassVar[tuple[str, ...]] = (*Optimizer._kept, "hp_map", "opt")
+    opt: Optimizer
 
     def __init__(self, opt: torch.optim.Optimizer, k: Hyper = 6, alpha: Hyper = 0.5) -> None:
         if isinstance(opt, torch.optim.Optimizer) and not isinstance(opt, _BaseOptimizer):
             opt = OptimWrapper(opt)
         if not isinstance(opt, Optimizer):
             raise TypeError(f"Lookahead needs an optimizer, got a {type(opt).__name__}")
+        if lookahead_step in opt.cbs:
+            raise ValueError("this optimizer already is a Lookahead: two of them would share one set of slow weights")
         n_groups = len(opt.param_groups)
         hypers = {"k": group_values("k", k, n_groups), "alpha": group_values("alpha", alpha, n_groups)}
         for name, values in hypers.items():
             for i, value in enumerate(values):
                 check_hyper("Lookahead", name, value, i)
-        self.opt = opt
         # RMSProp's group has an `alpha` of its own, PyTorch's name of its averaging factor
         taken = {"lookahead_alpha": "alpha"} if "alpha" in opt.hp_map else {}
-        self.hp_map = {**opt.hp_map, **taken}
-        self._share(opt, hypers)
+        self._hp_map = {**opt.hp_map, **taken}
+        self._adopt(opt, (lookahead_start, *opt.cbs, lookahead_step))
+        for name, values in hypers.items():
+            stored = "lookahead_alpha" if name == "alpha" and taken else name
+            self.defaults[stored] = values[-1]
+            for group, value in zip(self.param_groups, values, strict=True):
+                group[stored] = value
 
     def _check_hyper(self, name: str, value: Any, group: int) -> None:
         if name in ("k", "alpha"):
             check_hyper("Lookahead", name, value, group)
-        elif "opt" in self.__dict__:
+        elif self._within is not None:
             self.opt._check_hyper(name, value, group)
-
-    def _share(self, opt: Optimizer, hypers: dict[str, list[Any]]) -> None:
-        """Take over groups and state of `opt` as they are, with `hypers` added to each group."""
-        chain: tuple[Cb, ...] = (lookahead_start, *opt.cbs, lookahead_step)
-        torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
-        self.cbs, self.train_bn, self._engine = chain, opt.train_bn, opt._engine
-        self.param_groups, self.state = opt.param_groups, opt.state
-        for name, values in hypers.items():
-            stored = "lookahead_alpha" if name == "alpha" and "lookahead_alpha" in self.hp_map else name
-            self.defaults[stored] = values[-1]
-            for group, value in zip(self.param_groups, values, strict=True):
-                group[stored] = value
 
 
 class Ranger(Lookahead):

@@ -160,8 +160,8 @@ class Optimizer(_BaseOptimizer):
         """
         load_state_dict(self, state_dict)
 
-    def _load_value(self, p: Any, key: str, value: Any) -> Any:
-        """One value of a loaded state as it is kept for `p`: tensors on its device, the step count as an int."""
+    def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
+        """One value of a loaded state as it is kept for `p` of `group`: tensors on its device, step counts as ints."""
         if isinstance(value, Tensor):
             if key == "step" and value.numel() == 1:
                 return int(value)

@@ -43,7 +43,9 @@ class NamedOptimizer(Optimizer):
     """An optimizer with PyTorch's names in its groups, whose hyper-parameters are checked."""
 
     def _check_hyper(self, name: str, value: Any, group: int) -> None:
-        check_hyper(type(self).__name__, name, value, group)
+        # where the chain divides by 1 - mom^step
+        debiased = ("mom", "sqr_mom") if "betas__0" in self.hp_map else ("sqr_mom",)
+        check_hyper(type(self).__name__, name, value, group, below_one=debiased)
 
 
 def _decay(decouple_wd: bool) -> Cb:
@@ -54,7 +56,7 @@ def _pick(name: str, value: Any, default: Any, torch_name: str, torch_value: Any
     """The value of a hyper that has two spellings. Giving both is an error; a default does not count as given."""
     if torch_value is None:
         return value
-    if value is not default and value != default:
+    if value is not default and not (isinstance(value, int | float) and value == default):
         raise ValueError(f"{name}={value!r} and {torch_name}={torch_value!r} are the same hyper-parameter: give one")
     return torch_value
 
@@ -63,8 +65,8 @@ def _pick_betas(mom: Any, sqr_mom: Any, defaults: Betas, betas: Betas | None) ->
     """`(mom, sqr_mom)` from either spelling."""
     if betas is None:
         return mom, sqr_mom
-    if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas={betas!r}, expected two numbers (mom, sqr_mom)")
+    if not isinstance(betas, tuple | list) or len(betas) != 2 or any(isinstance(b, tuple | list) for b in betas):
+        raise ValueError(f"betas={betas!r}, expected two numbers; for values per group pass mom=[...], sqr_mom=[...]")
     mom = _pick("mom", mom, defaults[0], "betas[0]", betas[0])
     return mom, _pick("sqr_mom", sqr_mom, defaults[1], "betas[1]", betas[1])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Any, Self
 
 #: Marks that a user sets on a parameter by `opt.state[p] = {...}`; they are no training state.
 FLAGS = frozenset({"force_train", "do_wd"})
@@ -32,6 +33,10 @@ class _Unborn(dict[str, Any]):
         if self:
             self._enter()
 
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
             self[key] = default
@@ -41,8 +46,6 @@ class _Unborn(dict[str, Any]):
         return dict, (dict(self),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        from copy import deepcopy
-
         return {key: deepcopy(value, memo) for key, value in self.items()}
 
 
@@ -68,6 +71,12 @@ class ParamState(defaultdict[Any, Any]):
 
     def __bool__(self) -> bool:
         return any(entry.keys() - FLAGS for entry in self.values())
+
+    def copy(self) -> Self:
+        """A new mapping with the same entries."""
+        return type(self)(self)
+
+    __copy__ = copy
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ParamState, (), None, None, iter([(p, entry) for p, entry in self.items() if entry])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .engine.describe import attribute
 from .hypers import Group, same_tensor_everywhere
-from .state import ParamState, flags_of
+from .state import FLAGS, ParamState, flags_of
 
 if TYPE_CHECKING:
     from .optimizer import Optimizer
@@ -31,14 +31,17 @@ def make_state_dict(opt: Optimizer) -> dict[str, Any]:
 def pack(groups: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     """`{'state': {id: ...}, 'param_groups': ...}` where a parameter's id is its position over all groups."""
     members = [p for group in groups for p in group["params"]]
-    entries = {i: state[p] for i, p in enumerate(members) if p in state}
+    entries = {i: state[p] for i, p in enumerate(members) if state.get(p)}
     packed_groups, start = [], 0
     for group in groups:
         stop = start + len(group["params"])
         own = {k: list(v) if isinstance(v, list) else v for k, v in group.items() if k != "params"}
         packed_groups.append({**own, "params": list(range(start, stop))})
         start = stop
-    return {"state": {i: dict(entry) for i, entry in entries.items() if entry}, "param_groups": packed_groups}
+    if entries and all(entry.keys() <= FLAGS for entry in entries.values()):
+        # PyTorch's checkpoint helpers take an optimizer for stateless only if all or none of its parameters are here
+        entries = {i: entries.get(i, {}) for i in range(start)}
+    return {"state": {i: dict(entry) for i, entry in entries.items()}, "param_groups": packed_groups}
 
 
 def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
@@ -53,7 +56,7 @@ def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
             f"a state dict has the keys 'state' and 'param_groups' (or fastai's 'state' and 'hypers'), "
             f"this one has {sorted(map(str, state_dict))}"
         )
-    saved_groups = list(state_dict["param_groups"])
+    saved_groups = _checked_groups(state_dict["param_groups"])
     params = match_params(opt.param_groups, saved_groups)
     state = _loaded_state(opt, state_dict["state"], params)
     groups = [_loaded_group(live, saved) for live, saved in zip(opt.param_groups, saved_groups, strict=True)]
@@ -62,9 +65,20 @@ def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     _keep_lr_tensors(opt.param_groups, groups)
     opt.state, opt.param_groups = state, groups
     for i in changed:
-        opt._freeze_group(i, rg=not opt.is_frozen(i))
+        opt._freeze_group(i, groups[i].get("frozen", False))
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def _checked_groups(saved: Any) -> list[Mapping[str, Any]]:
+    """The groups of a state dict, if they are such."""
+    groups = list(saved) if isinstance(saved, Iterable) else None
+    if groups is None:
+        raise ValueError(f"'param_groups' of a state dict is a list of groups, here it is a {type(saved).__name__}")
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise ValueError(f"group {i} of the state dict has no 'params'")
+    return groups
 
 
 def match_params(groups: list[Group], saved_groups: list[Mapping[str, Any]]) -> dict[Any, Any]:
@@ -105,11 +119,16 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
     """The new state: saved entries by parameter; marks that the user has set stay where the saved entry has none."""
     members = [(i, j, p) for i, group in enumerate(opt.param_groups) for j, p in enumerate(group["params"])]
     where = {id(p): f"params[{j}] of group {i}" for i, j, p in members}
+    group_of = {id(p): opt.param_groups[i] for i, _, p in members}
     shaped = {name for cb in opt.cbs for name in attribute(cb, "like_param", ())}
     state = ParamState([(p, marks) for p, entry in opt.state.items() if (marks := flags_of(entry))])
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"'state' of a state dict is a dict by parameter, here it is a {type(saved).__name__}")
     for id_, entry in saved.items():
         if id_ not in params:
             raise ValueError(f"the state dict has state of parameter {id_!r}, which is in none of its groups")
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"the state of parameter {id_!r} is a {type(entry).__name__}, expected a dict")
         p = params[id_]
         for key, value in entry.items():
             if key in shaped and isinstance(value, Tensor) and value.shape != p.shape:
@@ -117,15 +136,15 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
                     f"{key!r} of parameter {id_!r} has shape {tuple(value.shape)} in the state dict, but "
                     f"{where[id(p)]} has shape {tuple(p.shape)}"
                 )
-        state[p].update({key: _load_value(opt, p, key, value) for key, value in entry.items()})
+        state[p].update({key: _load_value(opt, p, key, value, group_of[id(p)]) for key, value in entry.items()})
     return state
 
 
-def _load_value(opt: Optimizer, p: Any, key: str, value: Any) -> Any:
-    """A loaded value, nested dicts included, as `opt` keeps it."""
+def _load_value(opt: Optimizer, p: Any, key: str, value: Any, group: Group) -> Any:
+    """A loaded value, nested dicts included, as `opt` keeps it for `p` of `group`."""
     if isinstance(value, Mapping):
-        return {k: _load_value(opt, p, k, v) for k, v in value.items()}
-    return opt._load_value(p, key, value)
+        return {k: _load_value(opt, p, k, v, group) for k, v in value.items()}
+    return opt._load_value(p, key, value, group)
 
 
 def _loaded_group(live: Group, saved: Mapping[str, Any]) -> Group:
@@ -141,14 +160,20 @@ def _loaded_group(live: Group, saved: Mapping[str, Any]) -> Group:
 
 def _keep_lr_tensors(live: list[Group], loaded: list[Group]) -> None:
     """Where the live lr is a tensor it stays that object (schedulers and graphs hold it) and takes the loaded value."""
-    values = [float(group["lr"]) for group in loaded if "lr" in group]
-    differ = same_tensor_everywhere(live, "lr") and any(v != values[0] for v in values)
-    for group, new in zip(live, loaded, strict=True):
-        lr = group.get("lr")
-        if isinstance(lr, Tensor) and "lr" in new:
-            value = new["lr"]
-            new["lr"] = lr.clone() if differ else lr
-            new["lr"].fill_(value)
+    taking = [i for i, group in enumerate(live) if isinstance(group.get("lr"), Tensor)]
+    values = {i: _number(loaded[i]["lr"], f"lr of group {i} of the state dict") for i in taking}
+    differ = same_tensor_everywhere(live, "lr") and len(set(values.values())) > 1
+    for i in taking:
+        lr = live[i]["lr"]
+        loaded[i]["lr"] = lr.clone() if differ else lr
+        loaded[i]["lr"].fill_(values[i])
+
+
+def _number(value: Any, what: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is {value!r}, expected a number") from None
 
 
 def _from_fastai(opt: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,5 +191,6 @@ def _from_fastai(opt: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
     groups: list[Group] = []
     for i, (h, group) in enumerate(zip(hypers, opt.param_groups, strict=True)):
         start = sum(sizes[:i])
-        groups.append({**opt._names.to_stored(h, group), "params": list(range(start, start + sizes[i]))})
+        entries_of_group = {**opt._names.to_stored(h, group), "params": list(range(start, start + sizes[i]))}
+        groups.append({**entries_of_group, "frozen": opt.is_frozen(i)})  # fastai saves no freezing
     return {"state": known, "param_groups": groups}

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .around import AroundChain
 from .cbs import LOOKAHEAD_STATES
 from .engine import GroupWork
-from .groups import collect_groups
+from .groups import check_groups, collect_groups
 from .hypers import Group, HyperNames, group_values, pytorch_hp_map
-from .optimizer import Optimizer, _evaluate
+from .optimizer import _evaluate
 from .state import FLAGS, ParamState
 
 # States of a parameter that the wrapped optimizer must not see: many ask `if not state:` to make theirs.
@@ -76,7 +77,7 @@ class TorchStep:
                 entry.update(marks)
 
 
-class OptimWrapper(Optimizer):
+class OptimWrapper(AroundChain):
     """A torch optimizer with `hypers`, `freeze_to`, `force_train`, `do_wd` and the rest of this interface.
 
     `OptimWrapper(torch_optimizer)` takes a built one, `OptimWrapper(params, opt=torch.optim.AdamW, lr=...)` builds it.
@@ -93,8 +94,7 @@ class OptimWrapper(Optimizer):
         ValueError: neither or both of `params` and a built optimizer.
     """
 
-    _kept: ClassVar[tuple[str, ...]] = (*Optimizer._kept, "opt", "hp_map", "_warned")
-    opt: torch.optim.Optimizer
+    _kept: ClassVar[tuple[str, ...]] = (*AroundChain._kept, "_warned")
 
     def __init__(
         self,
@@ -117,66 +117,37 @@ class OptimWrapper(Optimizer):
             opt = _build(params, opt, convert_groups, kwargs)
         else:
             raise TypeError(f"opt is a {type(opt).__name__}, not a torch optimizer or something that makes one")
-        self.hp_map = dict(pytorch_hp_map if hp_map is None else hp_map)
-        self._wrap(opt)
-
-    def _wrap(self, opt: torch.optim.Optimizer) -> None:
-        torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
+        self._hp_map = dict(pytorch_hp_map if hp_map is None else hp_map)
+        self._adopt(opt, (TorchStep(opt),))
         self.defaults = opt.defaults
-        self.cbs, self.train_bn, self._engine = (TorchStep(opt),), True, None
-        self._warned: set[str] = set()
-        self.opt = opt
         opt.state = ParamState(opt.state)
-
-    # Groups and state are read from the wrapped optimizer, which replaces both when it loads a state dict itself.
-
-    @property
-    def param_groups(self) -> list[Group]:
-        """The groups of the torch optimizer."""
-        return self.opt.param_groups if "opt" in self.__dict__ else []
-
-    @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
-        if "opt" in self.__dict__:
-            self.opt.param_groups = groups
-
-    @property  # type: ignore[override]
-    def state(self) -> ParamState:
-        """The state of the torch optimizer, with the marks `force_train` and `do_wd`."""
-        if "opt" not in self.__dict__:
-            return ParamState()
-        if not isinstance(self.opt.state, ParamState):
-            self.opt.state = ParamState(self.opt.state)
-        return self.opt.state
-
-    @state.setter
-    def state(self, state: ParamState) -> None:
-        if "opt" in self.__dict__:
-            self.opt.state = state
+        self._warned: set[str] = set()
 
     @property
     def _names(self) -> HyperNames:
         return HyperNames(self.hp_map, spread_all=True)
 
-    def set_hyper(self, k: str, v: Any) -> None:
-        """Set hyper `k` in every group; one that the torch optimizer lacks is ignored with one warning."""
-        k = self.hp_map.get(k, k)
-        if self.param_groups and not self._names.known(k, self.param_groups[0]):
-            if k not in self._warned:
-                self._warned.add(k)
-                warnings.warn(f"{type(self.opt).__name__} has no hyper-parameter {k!r}: it is ignored", stacklevel=2)
-            return
-        super().set_hyper(k, v)
+    def _per_group(self, k: str, v: Any) -> dict[str, list[Any]]:
+        """As everywhere; a hyper that the torch optimizer lacks is ignored with one warning."""
+        name = k if k in self.hp_map.values() else self.hp_map.get(k, k)
+        if not self.param_groups or self._names.known(name, self.param_groups[0]):
+            return super()._per_group(k, v)
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"{type(self.opt).__name__} has no hyper-parameter {name!r}: it is ignored", stacklevel=4)
+        return {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the torch optimizer, with hypers under either name."""
-        if "opt" not in self.__dict__:
+        if self._within is None:
             return
         (group,) = collect_groups([dict(param_group)])
-        self.opt.add_param_group({**group, **self._complete(group, {})})
+        check_groups([*self.param_groups, group])
+        entries = self._complete(group, self.defaults)
+        self.opt.add_param_group(_pairs({**group, **entries}))
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
-        if not _evaluates_closure(self.opt):
+        if not evaluates_closure(self.opt):
             return super()._step(closure)
         if closure is None:
             raise TypeError(f"{type(self.opt).__name__} evaluates the loss itself: call step(closure)")
@@ -188,23 +159,11 @@ class OptimWrapper(Optimizer):
         ]
         return torch_step.step_with(closure, work) if work else _evaluate(closure)
 
-    def _load_value(self, p: Any, key: str, value: Any) -> Any:
+    def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
         """Torch's own rules for loaded tensors: dtype and device of the parameter, the step count as torch has it."""
         if not isinstance(value, Tensor):
             return value
-        ids = {id(q): i for i, q in enumerate(q for g in self.param_groups for q in g["params"])}
-        start, groups = 0, []
-        for g in self.param_groups:
-            groups.append({**g, "params": list(range(start, start := start + len(g["params"])))})
-        return self._process_value_according_to_param_policy(p, value, ids[id(p)], groups, key)
-
-    def __getstate__(self) -> dict[str, Any]:
-        kept = super().__getstate__()
-        return {k: v for k, v in kept.items() if k not in ("state", "param_groups")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.opt = state["opt"]
-        super().__setstate__(state)
+        return self._process_value_according_to_param_policy(p, value, 0, [{**group, "params": [0]}], key)
 
 
 def _build(
@@ -231,7 +190,7 @@ def _pairs(group: Group) -> Group:
     return {**group, "params": list(zip(names, group["params"], strict=True))} if names else group
 
 
-def _evaluates_closure(opt: torch.optim.Optimizer) -> bool:
+def evaluates_closure(opt: torch.optim.Optimizer) -> bool:
     """Whether `opt.step` cannot do without a closure."""
     parameters = inspect.signature(opt.step).parameters
     return "closure" in parameters and parameters["closure"].default is inspect.Parameter.empty

@@ -1,9 +1,10 @@
-"""The reference executor: each callback is called as it is, parameter by parameter."""
+"""The reference executor: parameter by parameter, each callback is called as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -22,20 +23,25 @@ def run_eager(cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], redu
         reduce: sums over processes, where the tensors are slices; every process must then pass the same list of groups
             with the same number of tensors.
     """
-    for cb in cbs:
-        if hasattr(cb, "step_all"):
-            cb.step_all(work)
+    tensors = [(p, state, group) for group in work for p, state in zip(group.params, group.states, strict=True)]
+    for alone, part in groupby(cbs, lambda cb: _sees_all_at_once(cb, reduce)):
+        chain = list(part)
+        if not alone:
+            for p, state, group in tensors:
+                for cb in chain:
+                    _call(cb, p, state, group.hypers, group.index)
             continue
-        calls = [
-            partial(_call, cb, p, state, group.hypers, group.index)
-            for group in work
-            for p, state in zip(group.params, group.states, strict=True)
-        ]
-        if reduce is not None and needs_of(cb) == "norm":
-            across_processes(calls, reduce)
-        else:
-            for call in calls:
-                call()
+        for cb in chain:
+            if hasattr(cb, "step_all"):
+                cb.step_all(work)
+            elif reduce is not None:
+                calls = [partial(_call, cb, p, state, group.hypers, group.index) for p, state, group in tensors]
+                across_processes(calls, reduce)
+
+
+def _sees_all_at_once(cb: Callable[..., Any], reduce: Reduce | None) -> bool:
+    """Whether `cb` runs over all tensors before the next one starts, instead of the chain over one tensor."""
+    return hasattr(cb, "step_all") or (reduce is not None and needs_of(cb) == "norm")
 
 
 def _call(cb: Callable[..., Any], p: Tensor, state: dict[str, Any], hypers: dict[str, Any], group: int) -> None:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from .work import Reduce
 
-_answers: _Answers | None = None
+# Per thread: two threads may train two models.
+_answers: ContextVar[_Answers | None] = ContextVar("answers", default=None)
 
 
 class _Pending(Exception):
@@ -43,19 +45,21 @@ class _Answers:
 
 def whole_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The L2 norm of each parameter-shaped tensor over the whole parameter, as 0-d tensors (at least float32)."""
-    if _answers is None:
+    answers = _answers.get()
+    if answers is None:
         return tuple(_local_norm(x) for x in tensors)
-    total = _answers.total(torch.stack([_local_norm(x).double().square() for x in tensors]))
+    total = answers.total(torch.stack([_local_norm(x).double().square() for x in tensors]))
     return tuple(t.to(_accumulation_dtype(x)) for x, t in zip(tensors, total.sqrt(), strict=True))
 
 
 def whole_rms(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The root mean square of each parameter-shaped tensor over the whole parameter, as 0-d tensors."""
-    if _answers is None:
+    answers = _answers.get()
+    if answers is None:
         return tuple(_local_norm(x) / max(x.numel(), 1) ** 0.5 for x in tensors)
     sums = [_local_norm(x).double().square() for x in tensors]
     count = torch.tensor(float(tensors[0].numel()), dtype=torch.float64, device=tensors[0].device)
-    *totals, n = _answers.total(torch.stack([*sums, count]))
+    *totals, n = answers.total(torch.stack([*sums, count]))
     return tuple((t / n.clamp(min=1)).sqrt().to(_accumulation_dtype(x)) for x, t in zip(tensors, totals, strict=True))
 
 
@@ -72,13 +76,12 @@ def _accumulation_dtype(x: Tensor) -> torch.dtype:
 
 @contextmanager
 def _answering(answers: _Answers) -> Iterator[None]:
-    global _answers
-    outer, _answers = _answers, answers
     answers.asked, answers.partial = 0, None
+    token = _answers.set(answers)
     try:
         yield
     finally:
-        _answers = outer
+        _answers.reset(token)
 
 
 def across_processes(calls: Sequence[Callable[[], None]], reduce: Reduce) -> None:

@@ -1,0 +1,239 @@
+"""Every form of `params`: what it becomes, and what is refused with which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastopt import SGD, Adam, Optimizer, sgd_step
+
+from .samples import Case, every_native, model, tensors
+
+A, B, C = tensors((2,), (3,), (1,))
+
+
+def shape_of(opt: Optimizer) -> list[list[Any]]:
+    """The members of each group, tensors by identity."""
+    return [list(group) for group in opt.param_lists]
+
+
+def same(found: list[list[Any]], wanted: list[list[Any]]) -> bool:
+    return [[id(p) for p in g] for g in found] == [[id(p) for p in g] for g in wanted]
+
+
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [
+        (A, [[A]]),
+        (torch.tensor(1.0), None),
+        ([A, B, C], [[A, B, C]]),
+        ((A, B, C), [[A, B, C]]),
+        (lambda: (p for p in (A, B)), [[A, B]]),
+        (lambda: iter([A, B]), [[A, B]]),
+        ({"a": A, "b": B}.values(), [[A, B]]),
+        ([[A, B], [C]], [[A, B], [C]]),
+        ([(A, B), (C,)], [[A, B], [C]]),
+        (((A, B), [C]), [[A, B], [C]]),
+        (lambda: [(p for p in (A, B)), iter([C])], [[A, B], [C]]),
+        (lambda: ([p] for p in (A, B)), [[A], [B]]),
+        (lambda: [[A], B], [[A], [B]]),
+        ([[A], []], [[A], []]),
+        (nn.ParameterList([nn.Parameter(A)]), None),
+        ([{"params": [A, B]}, {"params": C}], [[A, B], [C]]),
+        (lambda: [{"params": (p for p in (A, B))}], [[A, B]]),
+        (lambda: [{"params": [A]}, [B, C]], [[A], [B, C]]),
+        ([("a", A), ("b", B)], [[A, B]]),
+        ([[("a", A)], [("b", B), ("c", C)]], [[A], [B, C]]),
+        ({"a": A}.items(), [[A]]),
+    ],
+)
+def test_forms(params: Any, wanted: list[list[Tensor]] | None) -> None:
+    given = params() if callable(params) and not isinstance(params, nn.Module) else params
+    opt = SGD(given, lr=0.1)
+    if wanted is None:
+        assert [len(g) for g in opt.param_lists] == [1]
+    else:
+        assert same(shape_of(opt), wanted)
+
+
+@pytest.mark.parametrize(
+    ("params", "wanted"),
+    [([1, 2, 3], [[1, 2, 3]]), (range(3), [[0, 1, 2]]), ([[1, 2], [3]], [[1, 2], [3]])],
+)
+def test_numbers_stand_in_for_parameters(params: Any, wanted: list[list[int]]) -> None:
+    opt = Optimizer(params, sgd_step, lr=0.1)
+    assert opt.param_lists == wanted
+    opt.step()
+    opt.zero_grad()
+
+
+def test_names_from_named_parameters() -> None:
+    m = model()
+    opt = Adam(m.named_parameters())
+    assert opt.param_groups[0]["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert opt.param_names() == {p: n for n, p in m.named_parameters()}
+    assert "param_names" not in opt.hypers[0]
+
+
+def test_names_per_group_and_in_torchs_dicts() -> None:
+    m = model()
+    for params in (
+        [m[0].named_parameters(), m[2].named_parameters()],
+        [{"params": m[0].named_parameters(), "lr": 0.5}, {"params": list(m[2].named_parameters())}],
+        [
+            {"params": list(m[0].parameters()), "param_names": ["weight", "bias"]},
+            {"params": m[2].named_parameters("z")},
+        ],
+    ):
+        opt = Adam(params, lr=0.1)
+        assert [len(g["param_names"]) for g in opt.param_groups] == [2, 2]
+        assert len(opt.param_names()) == 4
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        ([], ValueError, "no parameters"),
+        ((), ValueError, "no parameters"),
+        (iter(()), ValueError, "no parameters"),
+        ([A, A], ValueError, "twice"),
+        ([[A, B], [C, A]], ValueError, r"twice, as params\[0\] of group 0 and as params\[1\] of group 1"),
+        (nn.Linear(2, 2), TypeError, "module"),
+        ([nn.Linear(2, 2)], TypeError, "Linear"),
+        ([nn.Sequential(nn.Linear(2, 2))], TypeError, "module"),
+        ({A, B}, TypeError, "set"),
+        ([{A, B}], TypeError, "set"),
+        ("weights", TypeError, "str"),
+        (None, TypeError, "NoneType"),
+        ({"params": [A]}, TypeError, "dict"),
+        ([{"lr": 0.1}], TypeError, "without 'params'"),
+        ([A, None], TypeError, r"params\[1\] of params is a NoneType"),
+        ([[A], [B, "x"]], TypeError, r"params\[1\] of group 1 is a str"),
+        ([[A], None], TypeError, "group 1 is a NoneType"),
+        ([("a", A), B], ValueError, "name all or none"),
+        ([[("a", A)], [B]], ValueError, "name all or none"),
+        ([("a", A), ("a", B)], ValueError, "'a'"),
+        ([{"params": [A, B], "param_names": ["a"]}], ValueError, "2 params and 1 param_names"),
+        (lambda: [A.clone().requires_grad_() * 2], ValueError, "non-leaf"),
+        (lambda: A.clone().requires_grad_() * 2, ValueError, "non-leaf"),
+    ],
+)
+def test_refused(params: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SGD(params() if callable(params) and not isinstance(params, nn.Module) else params, lr=0.1)
+
+
+def test_the_callers_lists_and_dicts_stay_the_callers() -> None:
+    members, group = [A], {"params": [B], "wd": 0.5}
+    opt = SGD([members, group], lr=0.1)
+    members.append(C)
+    group["lr"] = 7
+    assert same(shape_of(opt), [[A], [B]])
+    assert set(group) == {"params", "wd", "lr"}
+    opt.param_groups[1]["lr"] = 9
+    assert group["lr"] == 7
+
+
+@pytest.mark.parametrize("spelling", ["wd", "weight_decay"])
+def test_hypers_of_a_torch_style_group(spelling: str) -> None:
+    opt = Adam([{"params": [A], spelling: 0.5, "lr": 0.2}, {"params": [B]}], lr=0.1, wd=0.25)
+    assert [h["wd"] for h in opt.hypers] == [0.5, 0.25]
+    assert [h["lr"] for h in opt.hypers] == [0.2, 0.1]
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.5, 0.25]
+    assert all("wd" not in g for g in opt.param_groups)
+
+
+@pytest.mark.parametrize("own", [{"betas": (0.5, 0.6)}, {"mom": 0.5, "sqr_mom": 0.6}])
+def test_betas_of_a_torch_style_group(own: dict[str, Any]) -> None:
+    opt = Adam([{"params": [A], **own}, {"params": [B], "mom": 0.7}])
+    assert [g["betas"] for g in opt.param_groups] == [(0.5, 0.6), (0.7, 0.99)]
+
+
+@pytest.mark.parametrize("both", [{"wd": 0.1, "weight_decay": 0.1}, {"mom": 0.5, "betas": (0.5, 0.9)}])
+def test_both_spellings_in_one_group_are_refused(both: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="same hyper-parameter"):
+        Adam([{"params": [A], **both}])
+
+
+def test_unknown_keys_of_a_group_are_kept() -> None:
+    keys = {"name": "head", "lr_scale": 0.1, "fused": None, "foreach": False, "lookahead_k": 3, "initial_lr": 0.5}
+    opt = Adam([{"params": [A], **keys}])
+    assert {k: opt.param_groups[0][k] for k in keys} == keys
+    A.grad = torch.ones(2)
+    opt.step()
+    assert opt.state_dict()["param_groups"][0]["lr_scale"] == 0.1
+
+
+class TestAddParamGroup:
+    @every_native
+    def test_takes_the_defaults(self, case: Case) -> None:
+        p, q = tensors((2,), (3,), seed=9)
+        opt = case([p], lr=0.25)
+        before = dict(opt.param_groups[0])
+        opt.add_param_group({"params": [q]})
+        assert {k: v for k, v in opt.param_groups[1].items() if k != "params"} == {
+            k: v for k, v in before.items() if k != "params"
+        }
+        assert len(opt.hypers) == len(opt.param_lists) == 2
+        q.grad = torch.ones(3)
+        moved = q.clone()
+        opt.step()
+        assert not torch.equal(q, moved)
+
+    def test_takes_its_own_values_in_either_spelling(self) -> None:
+        p, q, r = tensors((2,), (3,), (1,), seed=9)
+        opt = Adam([p])
+        opt.add_param_group({"params": q, "lr": 0.5, "wd": 0.7, "mom": 0.1})
+        opt.add_param_group({"params": (x for x in [r]), "weight_decay": 0.3, "betas": (0.4, 0.5)})
+        assert [h["wd"] for h in opt.hypers] == [0.01, 0.7, 0.3]
+        assert [g["betas"] for g in opt.param_groups] == [(0.9, 0.99), (0.1, 0.99), (0.4, 0.5)]
+
+    @pytest.mark.parametrize(
+        ("group", "error", "words"),
+        [
+            ([B], TypeError, "list"),
+            ({"lr": 0.1}, TypeError, "params"),
+            ({"params": [A]}, ValueError, "twice"),
+            ({"params": [B, B]}, ValueError, "twice"),
+            ({"params": {B}}, TypeError, "set"),
+            ({"params": [B], "lr": -1.0}, ValueError, "lr of group 1"),
+            ({"params": [("b", B)]}, ValueError, "names"),
+            ({"params": [B], "wd": 0.1, "weight_decay": 0.1}, ValueError, "same"),
+        ],
+    )
+    def test_refused_and_nothing_changed(self, group: Any, error: type[Exception], words: str) -> None:
+        opt = Adam([A])
+        with pytest.raises(error, match=words):
+            opt.add_param_group(group)
+        assert len(opt.param_groups) == 1
+
+    def test_names_go_on(self) -> None:
+        opt = Adam([("a", A)])
+        opt.add_param_group({"params": [("b", B)]})
+        assert opt.param_names() == {A: "a", B: "b"}
+        with pytest.raises(ValueError, match="several parameters named 'c'"):
+            opt.add_param_group({"params": [("c", C), ("c", torch.ones(1))]})
+
+
+class TestCbs:
+    def test_one_several_or_none(self) -> None:
+        assert Optimizer([A], None).cbs == ()
+        assert Optimizer([A], sgd_step, lr=0.1).cbs == (sgd_step,)
+        cbs: list[Callable[..., Any]] = [sgd_step]
+        opt = Optimizer([A], cbs, lr=0.1)
+        cbs.clear()
+        assert opt.cbs == (sgd_step,)
+
+    def test_what_is_no_function_is_named(self) -> None:
+        with pytest.raises(TypeError, match=r"cbs\[1\] is a str"):
+            Optimizer([A], [sgd_step, "sgd"], lr=0.1)  # type: ignore[list-item]
+        with pytest.raises(TypeError):
+            Optimizer([A], 3)  # type: ignore[arg-type]
+
+    def test_train_bn_is_kept(self) -> None:
+        assert Optimizer([A], sgd_step, lr=0.1).train_bn is True
+        assert Optimizer([A], sgd_step, False, lr=0.1).train_bn is False
