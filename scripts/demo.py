@@ -48,6 +48,7 @@ class Job:
         schedule = ["--steps", str(STEPS), "--every", str(EVERY), "--val-every", "10", "--threads", "1"]
         command = [*torchrun, str(TRAIN), *SIZE, *files, *schedule, "--plot", str(folder / "curves.png"), *flags]
         env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        env["CUDA_VISIBLE_DEVICES"] = ""  # 2 and 3 ranks on every machine, however many GPUs it has
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here, whatever this machine's name resolves to
         with log.open("wb") as out:

@@ -64,17 +64,27 @@ class Ranks:
 
 
 def connect() -> Ranks:
-    """Join the process group that torchrun's environment describes, or be a single process without one."""
+    """Join the process group that torchrun's environment describes, or be a single process without one.
+
+    Raises JobError where this machine has GPUs, but fewer than ranks.
+    """
     env = os.environ
     world, local_rank = int(env.get("WORLD_SIZE", "1")), int(env.get("LOCAL_RANK", "0"))
+    local_world = int(env.get("LOCAL_WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if local_world > gpus:
+            raise JobError(
+                f"{local_world} ranks need as many GPUs and this machine has {gpus}: start fewer ranks, or train on "
+                f"its CPUs with CUDA_VISIBLE_DEVICES= (empty)"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     ranks = Ranks(
         rank=int(env.get("RANK", "0")),
         world=world,
-        local_world=int(env.get("LOCAL_WORLD_SIZE", "1")),
+        local_world=local_world,
         device=device,
         attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
     )

@@ -44,6 +44,7 @@ class Job:
         if ranks:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        env["CUDA_VISIBLE_DEVICES"] = ""  # these jobs have more ranks than most machines have GPUs
         env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "0" if share_store else "1"
         if sys.platform == "linux":
             env.setdefault("GLOO_SOCKET_IFNAME", "lo")
