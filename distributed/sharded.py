@@ -23,8 +23,10 @@ from .agreement import Agreement
 from .around import AroundOptimizer, refuse
 from .buckets import Buffers
 from .collectives import Ranks
+from .consistency import agree_fully
 from .gradients import Gradients, LocalGradients, ReducedGradients
-from .layout import Layout
+from .layout import Layout, ParamSpec
+from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .sharded_state import Held, consolidate, tensor_bytes
 
@@ -220,9 +222,25 @@ class ShardedOptimizer(AroundOptimizer):
         """Add a group; its parameters get buckets of their own. Collective. They must be in the model."""
         if self._within is None:
             return
-        from .shard import extend
-
-        extend(self, param_group)
+        index = len(self.param_groups)
+        params: list[Tensor] = []
+        specs: list[ParamSpec] = []
+        problem: Exception | None = None
+        try:
+            self.opt.add_param_group(param_group)
+            params = list(self.param_groups[index]["params"])
+            specs = [spec for spec in specs_of(self.param_groups, self.model, self._ranks) if spec.group == index]
+            report = about_groups(self.opt, specs)
+        except Exception as error:
+            problem, report = error, {"problem": str(error)}
+        try:
+            agree_fully(self._ranks, report)
+            if problem:
+                raise problem
+        except Exception:
+            del self.param_groups[index:]
+            raise
+        self._extend(self.layout.extended(specs), params)
 
     def _extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
         """Take in the parameters of a new group."""

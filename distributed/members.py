@@ -1,0 +1,81 @@
+"""What the parameters of an optimizer are to a layout, and what must be equal of them on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optimizer import Optimizer
+from .buckets import shared_memory
+from .collectives import Ranks
+from .layout import ParamSpec
+
+# What wrappers put before the names of a model's parameters.
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def model_names(model: nn.Module) -> dict[int, str]:
+    """Fully-qualified names by the id of the parameter, without wrappers' prefixes; a tied one has its first name."""
+    names = {}
+    for name, p in model.named_parameters():
+        while name.startswith(_WRAPPERS):
+            name = name.removeprefix(next(w for w in _WRAPPERS if name.startswith(w)))
+        names[id(p)] = name.replace("._orig_mod.", ".")
+    return names
+
+
+def specs_of(groups: Iterable[dict[str, Any]], model: nn.Module, ranks: Ranks) -> list[ParamSpec]:
+    """What the layout needs of every parameter of `groups`; a ValueError names those that cannot be sharded."""
+    names = model_names(model)
+    specs, named = [], []
+    for i, group in enumerate(groups):
+        for j, p in enumerate(group["params"]):
+            if id(p) not in names:
+                own = [repr(group["param_names"][j])] if "param_names" in group else []
+                known = ", ".join([*own, f"shape {tuple(getattr(p, 'shape', ()))}"])
+                raise ValueError(
+                    f"params[{j}] of group {i} ({known}) is not a parameter of the model: build the optimizer from "
+                    f"the parameters of the model that is sharded"
+                )
+            name = names[id(p)]
+            _check_param(name, p, ranks)
+            specs.append(ParamSpec(name, tuple(p.shape), p.dtype, i, str(p.device)))
+            named.append((name, p))
+    others = [(names[id(p)], p) for p in model.parameters() if all(p is not q for _, q in named)]
+    shared = shared_memory([(name, p) for name, p in named + others if p.device.type != "meta"])
+    if shared:
+        raise ValueError(
+            f"{shared[0]!r} and {shared[1]!r} are different parameters in the same memory: tie them by assigning the "
+            f"same Parameter to both modules"
+        )
+    return specs
+
+
+def _check_param(name: str, p: Tensor, ranks: Ranks) -> None:
+    """Refuse a parameter that has no flat memory to be cut or that the process group cannot move."""
+    if p.device.type == "meta":
+        raise ValueError(f"{name!r} is on the meta device: materialise the model before sharding")
+    if hasattr(p, "placements") or p.layout != torch.strided:
+        raise ValueError(f"{name!r} is a {type(p).__name__} of layout {p.layout}: shard() takes plain dense parameters")
+    if p.is_complex():
+        raise ValueError(f"{name!r} is complex: keep its real view (torch.view_as_real) as the parameter")
+    if not ranks.reaches(p.device):
+        raise ValueError(f"{name!r} is on {p.device}, which the process group has no backend for")
+
+
+def about_groups(opt: Optimizer, specs: Sequence[ParamSpec]) -> dict[str, Any]:
+    """Parameters and hypers of every group, by the place that they have on every rank."""
+    report: dict[str, Any] = {}
+    place: dict[int, int] = {}
+    for spec in specs:
+        j = place[spec.group] = place.get(spec.group, -1) + 1
+        device = spec.device.partition(":")[0]
+        report[f"params[{j}] of group {spec.group}"] = f"{spec.name!r} {spec.shape} {spec.dtype} on {device}"
+    for i, group in enumerate(opt.param_groups):
+        report[f"group {i}"] = f"{len(group['params'])} parameters{', frozen' if opt.is_frozen(i) else ''}"
+        for name, value in sorted(opt.hypers_of(i).items()):
+            report[f"hyper {name!r} of group {i}"] = value.tolist() if isinstance(value, Tensor) else value
+    return report
