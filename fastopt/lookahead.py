@@ -35,7 +35,8 @@ class Lookahead(AroundChain):
         if isinstance(opt, torch.optim.Optimizer) and not isinstance(opt, _BaseOptimizer):
             opt = OptimWrapper(opt)
         if not isinstance(opt, Optimizer):
-            raise TypeError(f"Lookahead needs an optimizer, got a {type(opt).__name__}")
+            hint = ": shard the Lookahead, not what is in it" if isinstance(opt, _BaseOptimizer) else ""
+            raise TypeError(f"Lookahead needs an optimizer with a chain of callbacks, got a {type(opt).__name__}{hint}")
         if lookahead_step in opt.cbs:
             raise ValueError("this optimizer already is a Lookahead: two of them would share one set of slow weights")
         n_groups = len(opt.param_groups)

@@ -171,6 +171,8 @@ class Optimizer(_BaseOptimizer):
 
 def _as_chain(cbs: Callable[..., Any] | Iterable[Callable[..., Any]] | None) -> tuple[Callable[..., Any], ...]:
     """The callbacks as a tuple; a TypeError names what cannot be called."""
+    if cbs is not None and not callable(cbs) and not isinstance(cbs, Iterable):
+        raise TypeError(f"cbs is a {type(cbs).__name__}, not a function of a parameter or several")
     chain = () if cbs is None else (cbs,) if callable(cbs) else tuple(cbs)
     for i, cb in enumerate(chain):
         if not callable(cb):

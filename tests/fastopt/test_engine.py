@@ -395,3 +395,9 @@ def test_an_error_in_a_norm_cb_does_not_leave_the_engine_waiting() -> None:
         opt.run([opt.group_work(0, [p], [{}])], lambda x: x)
     (norm,) = whole_norm(torch.ones(4))
     assert float(norm) == 2.0
+
+
+@pytest.mark.parametrize(("cbs", "named"), [(3, "cbs is a int"), ([sgd_step, "adam"], r"cbs\[1\] is a str")])
+def test_what_cannot_be_called_is_named(cbs: object, named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        Optimizer([torch.zeros(2)], cbs, lr=0.1)
