@@ -14,7 +14,6 @@ Notation in the formulas: p parameter, g gradient, a `grad_avg`, v `sqr_avg`, t 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -202,7 +201,7 @@ def radam_step(
     r = r_inf - 2 * step * sqr_mom**step / (1 - sqr_mom**step)
     if r <= 5:
         return _add_scaled(p.data, grad_avg, scale)
-    rectification = math.sqrt(((r - 4) * (r - 2) * r_inf) / ((r_inf - 4) * (r_inf - 2) * r))
+    rectification = (((r - 4) * (r - 2) * r_inf) / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
     denominator = _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
     if beta:
         denominator = F.softplus(denominator, beta)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import _BaseOptimizer, outside_compile
-from .engine import Choice, GroupWork, Needs, Reduce, chain_defaults, chain_needs, choose, keywords
+from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, chain_needs, keywords, requested
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values
 from .state import ParamState
@@ -50,7 +50,7 @@ class Optimizer(_BaseOptimizer):
         self.cbs = _as_chain(cbs)
         self.train_bn = train_bn
         self._engine = engine
-        choose(engine)
+        requested(engine)
         groups = collect_groups(params)
         hypers = {**chain_defaults(self.cbs), **defaults}
         values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
@@ -87,9 +87,37 @@ class Optimizer(_BaseOptimizer):
 
     @property
     def engine(self) -> tuple[Choice, ...]:
-        """Which executor runs each group, and why."""
-        name, _, reason = choose(self._engine)
-        return tuple(Choice(i, name, reason) for i in range(len(self.param_groups)))
+        """Which executor runs each group, and why: `eager` where a callback cannot be recorded."""
+        return self._runner.choices(self.cbs, [self._everything(i) for i in range(len(self.param_groups))])
+
+    def program(self) -> Programs:
+        """What the chain has been recorded as in the steps so far; print it to see what runs."""
+        return Programs(self._runner.programs())
+
+    @outside_compile
+    @torch.no_grad()
+    def prepare_replay(self) -> None:
+        """Bring the hyper-parameters and step counts of the next step to the GPU, before a CUDA graph replays a step.
+
+        After a few ordinary steps capture one with `torch.cuda.graph`, which changes nothing. From then on
+        `opt.prepare_replay(); graph.replay()` makes a step. Gradients must stay where they were.
+
+        Raises:
+            RuntimeError: no graph has captured a step, or this one runs other kernels (RAdam's first steps, Lookahead's
+                k-th, another group frozen).
+        """
+        self._runner.prepare_replay(self.cbs, list(self._work()))
+
+    @property
+    def _runner(self) -> Engine:
+        if "_made_runner" not in self.__dict__:
+            self._made_runner = Engine(self._engine)
+        return self._made_runner
+
+    def _everything(self, i: int) -> GroupWork:
+        """The work of group `i` if all its parameters had gradients."""
+        params = [p for p in self.param_groups[i]["params"] if isinstance(p, Tensor)]
+        return self.group_work(i, params, [self.state[p] for p in params])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient and is not frozen.
@@ -110,9 +138,13 @@ class Optimizer(_BaseOptimizer):
     def _work(self) -> Iterator[GroupWork]:
         """The groups with the parameters that step now."""
         for i, group in enumerate(self.param_groups):
-            params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
-            if params:
-                yield self.group_work(i, params, [self.state[p] for p in params])
+            stepping = None if self.is_frozen(i) else self._runner.members.last(i, group["params"], self.state)
+            if stepping is None:
+                params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
+                stepping = params, [self.state[p] for p in params]
+                self._runner.members.note(i, group["params"], self.state, *stepping)
+            if stepping[0]:
+                yield self.group_work(i, *stepping)
 
     def group_work(self, i: int, params: list[Tensor], states: list[Any]) -> GroupWork:
         """The work of group `i` on `params` (its parameters or slices of them) with their live `states`."""
@@ -123,8 +155,7 @@ class Optimizer(_BaseOptimizer):
     def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
         """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
         self._warn_of_ignored_momentum(work)
-        _, execute, _ = choose(self._engine)
-        execute(self.cbs, work, reduce)
+        self._runner.run(self.cbs, work, reduce)
 
     def _warn_of_ignored_momentum(self, work: list[GroupWork]) -> None:
         """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""

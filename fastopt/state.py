@@ -60,6 +60,8 @@ class ParamState(defaultdict[Any, Any]):
     def __init__(self, entries: Mapping[Any, dict[str, Any]] | Iterable[tuple[Any, dict[str, Any]]] = ()) -> None:
         super().__init__(dict)
         self._unborn: dict[Any, _Unborn] = {}
+        #: Counts the changes of which parameter has which dict; changes inside a dict do not count.
+        self.version = 0
         self.update(entries)
 
     def __missing__(self, param: Any) -> dict[str, Any]:
@@ -67,7 +69,28 @@ class ParamState(defaultdict[Any, Any]):
 
     def __setitem__(self, param: Any, entry: dict[str, Any]) -> None:
         super().__setitem__(param, entry)
-        self._unborn.pop(param, None)
+        if self._unborn.pop(param, None) is not entry:
+            self.version += 1
+
+    def __delitem__(self, param: Any) -> None:
+        super().__delitem__(param)
+        self.version += 1
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **kwargs)
+        self.version += 1
+
+    def pop(self, *args: Any) -> Any:
+        self.version += 1
+        return super().pop(*args)
+
+    def popitem(self) -> tuple[Any, Any]:
+        self.version += 1
+        return super().popitem()
+
+    def clear(self) -> None:
+        super().clear()
+        self.version += 1
 
     def __bool__(self) -> bool:
         return any(entry.keys() - FLAGS for entry in self.values())

@@ -1,19 +1,24 @@
-"""Executors: how a chain of callbacks runs over the tensors of a step."""
+"""How a chain of callbacks runs over the tensors of a step: recorded as a program where it can be, else as it is."""
 
-from .choice import Choice, choose
+from .choice import Choice, requested
 from .describe import Needs, cb_name, chain_defaults, chain_needs, keywords
 from .eager import run_eager
+from .program import Program, Programs
+from .run import Engine
 from .work import GroupWork, Reduce
 
 __all__ = [
     "Choice",
+    "Engine",
     "GroupWork",
     "Needs",
+    "Program",
+    "Programs",
     "Reduce",
     "cb_name",
     "chain_defaults",
     "chain_needs",
-    "choose",
     "keywords",
+    "requested",
     "run_eager",
 ]

@@ -1,39 +1,28 @@
-"""Which executor runs a chain, and why."""
+"""Which executor was asked for, and which one runs a group."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
-
-from .eager import run_eager
-from .work import GroupWork, Reduce
+from typing import NamedTuple
 
 #: Environment variable that names the executor of every optimizer that does not name its own.
 VARIABLE = "FASTOPT_ENGINE"
 
-
-class Executor(Protocol):
-    """Runs a chain of callbacks on the tensors of a step, in place."""
-
-    def __call__(
-        self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None = None
-    ) -> None: ...
+#: `eager` calls the cbs as they are; the others run what was recorded: `foreach` on any device, `numba` on the CPU,
+#: `triton` on CUDA. Where one of those two cannot, `foreach` runs. By default: `triton` on CUDA, elsewhere `foreach`.
+EXECUTORS = ("eager", "foreach", "numba", "triton")
 
 
 class Choice(NamedTuple):
-    """The executor of one parameter group."""
+    """The executor of one parameter group, and why it is that one."""
 
     group: int
     executor: str
     reason: str
 
 
-_EXECUTORS: dict[str, Executor] = {"eager": run_eager}
-
-
-def choose(name: str | None) -> tuple[str, Executor, str]:
-    """Name, function and reason of the executor for `name`; None asks the environment, then takes the best there is.
+def requested(name: str | None) -> tuple[str | None, str]:
+    """The executor that `name` or else the environment asks for, and who asked; None for the best one there is.
 
     Raises:
         ValueError: there is no executor of that name.
@@ -42,7 +31,7 @@ def choose(name: str | None) -> tuple[str, Executor, str]:
     if name is None:
         name, reason = os.environ.get(VARIABLE), f"chosen by {VARIABLE}"
     if not name:
-        name, reason = "eager", "the only executor there is"
-    if name not in _EXECUTORS:
-        raise ValueError(f"engine {name!r} ({reason}) does not exist: choose from {', '.join(_EXECUTORS)}")
-    return name, _EXECUTORS[name], reason
+        return None, "the fastest for its device"
+    if name not in EXECUTORS:
+        raise ValueError(f"engine {name!r} ({reason}) does not exist: choose from {', '.join(EXECUTORS)}")
+    return name, reason

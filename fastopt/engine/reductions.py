@@ -16,6 +16,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
+from .methods import recorded_norm
+from .recorder import RecordedTensor
 from .work import Reduce
 
 # Per thread: two threads may train two models.
@@ -45,6 +47,8 @@ class _Answers:
 
 def whole_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The L2 norm of each parameter-shaped tensor over the whole parameter, as 0-d tensors (at least float32)."""
+    if isinstance(tensors[0], RecordedTensor):
+        return _recorded(tensors, mean=False)
     answers = _answers.get()
     if answers is None:
         return tuple(_local_norm(x) for x in tensors)
@@ -54,6 +58,8 @@ def whole_norm(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def whole_rms(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The root mean square of each parameter-shaped tensor over the whole parameter, as 0-d tensors."""
+    if isinstance(tensors[0], RecordedTensor):
+        return _recorded(tensors, mean=True)
     answers = _answers.get()
     if answers is None:
         return tuple(_local_norm(x) / max(x.numel(), 1) ** 0.5 for x in tensors)
@@ -61,6 +67,10 @@ def whole_rms(*tensors: Tensor) -> tuple[Tensor, ...]:
     count = torch.tensor(float(tensors[0].numel()), dtype=torch.float64, device=tensors[0].device)
     *totals, n = answers.total(torch.stack([*sums, count]))
     return tuple((t / n.clamp(min=1)).sqrt().to(_accumulation_dtype(x)) for x, t in zip(tensors, totals, strict=True))
+
+
+def _recorded(tensors: Sequence[Tensor], mean: bool) -> tuple[Tensor, ...]:
+    return tuple(recorded_norm(x, mean) for x in tensors if isinstance(x, RecordedTensor))
 
 
 def _local_norm(x: Tensor) -> Tensor:

@@ -225,8 +225,10 @@ class TestChoice:
     def test_says_which_runs_and_why(self) -> None:
         a, b = tensors((2,), (3,))
         opt = SGD([[a], [b]])
-        assert [(c.group, c.executor) for c in opt.engine] == [(0, "eager"), (1, "eager")]
-        assert SGD([a], engine="eager").engine[0].reason
+        assert [(c.group, c.executor) for c in opt.engine] == [(0, "foreach"), (1, "foreach")]
+        assert SGD([a], engine="eager").engine[0] == (0, "eager", "chosen by engine=")
+        assert Lamb([a]).engine[0].executor == "eager"
+        assert Lamb([a], engine="foreach").engine[0].executor == "foreach"
 
     def test_an_unknown_one_is_refused_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"'warp'.*choose from.*eager"):

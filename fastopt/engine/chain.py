@@ -1,0 +1,300 @@
+"""One chain of cbs and its recordings: which program, and which scalars, a parameter of this kind steps with.
+
+The *kind* of a parameter is all that a recording depends on beside numbers: dtypes, device, which states exist and
+what they are, the types of the hypers. Per kind there are one or more recordings, because numbers may decide where
+the cbs go (RAdam's first steps); each knows from its guards whether it is good for given numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .describe import cb_name, required
+from .numbers import Evaluate, Number
+from .program import Output, Program, pruned
+from .reads import Read, reads_of, unchanged
+from .recorder import FLOATS, NotRecordable, RecordedTensor, Recorder
+
+#: How many recordings of one kind are kept; the oldest goes.
+_KEPT = 16
+
+#: How often a kind that was refused is tried again: other numbers may lead the cbs elsewhere.
+_ATTEMPTS = 8
+
+Kind = tuple[Any, ...]
+GRAD, PARAM = "grad", "p"
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """A recording.
+
+    Attributes:
+        program: what happens to the tensors.
+        evaluate: (hypers, state) -> (row of scalars, new Python entries of the state); None where it does not apply.
+        created: the states that this step creates, in order.
+    """
+
+    program: Program
+    evaluate: Evaluate
+    created: tuple[str, ...]
+
+
+class Row(tuple[Any, ...]):
+    """The scalars of one recording for one combination of numbers, with the new Python entries of the state."""
+
+    recorded: Recorded
+    states: dict[str, Any]
+
+
+class Chain:
+    """The recordings of one chain.
+
+    Args:
+        cbs: the callbacks.
+    """
+
+    def __init__(self, cbs: Sequence[Callable[..., Any]]) -> None:
+        self.cbs = tuple(cbs)
+        self.refusal: str | None = None
+        self._reads: list[Read] = []
+        self._recorded: dict[Kind, list[Recorded]] = {}
+        self._refused: dict[Kind, list[str]] = {}
+        self._programs: dict[Program, Program] = {}
+        self._scan()
+
+    def _scan(self) -> None:
+        self._reads, self.refusal = [], None
+        try:
+            for cb in self.cbs:
+                if hasattr(cb, "step_all"):
+                    raise NotRecordable(f"{cb_name(cb)} steps on all parameters at once")
+                self._reads += reads_of(cb)
+        except NotRecordable as refusal:
+            self.refusal = str(refusal)
+
+    def refresh(self) -> bool:
+        """Forget all recordings if something that the cbs read outside of their arguments has changed; tells if so."""
+        if unchanged(self._reads):
+            return False
+        self._recorded.clear()
+        self._refused.clear()
+        self._scan()
+        return True
+
+    def lookup(self, kind: Kind, p: Tensor, hypers: Mapping[str, Any], state: Mapping[str, Any]) -> Row | str:
+        """The scalars of a step for a parameter of this kind with these numbers, or why there are none.
+
+        Args:
+            kind: `kind_of` the parameter.
+            p: an example of the kind.
+            hypers: of its group.
+            state: of the parameter.
+        """
+        if self.refusal is not None:
+            return self.refusal
+        known = self._recorded.setdefault(kind, [])
+        for recorded in known:
+            values = recorded.evaluate(hypers, state)
+            if values is not None:
+                return _row(recorded, *values)
+        refusals = self._refused.setdefault(kind, [])
+        if len(refusals) == _ATTEMPTS:
+            return refusals[-1]
+        try:
+            recorded = self._record(p, hypers, state)
+        except NotRecordable as refusal:
+            refusals.append(str(refusal))
+            return str(refusal)
+        values = recorded.evaluate(hypers, state)
+        if values is None:  # a guard on a nan
+            return "a number of the chain is not equal to itself"
+        known.append(recorded)
+        del known[:-_KEPT]
+        return _row(recorded, *values)
+
+    def programs(self) -> tuple[Program, ...]:
+        """The different programs recorded so far."""
+        return tuple(self._programs)
+
+    def _record(self, p: Tensor, hypers: Mapping[str, Any], state: Mapping[str, Any]) -> Recorded:
+        recorder = Recorder(p.device, zero_dim=p.ndim == 0)
+        given = {name: _hyper_leaf(recorder, name, value) for name, value in hypers.items()}
+        before = {key: _state_leaf(recorder, p, key, value) for key, value in state.items()}
+        param = recorder.input(PARAM, p.dtype, True)
+        param.of_grad = recorder.input(GRAD, _grad_of(p).dtype, True)
+        now = dict(before)
+        for cb in self.cbs:
+            recorder.cb = cb_name(cb)
+            arguments = {**now, **given}
+            if any(name not in arguments for name in required(cb)):
+                recorder.refuse("an argument is missing")
+            try:
+                result = cb(param, **arguments)
+            except NotRecordable:
+                raise
+            except Exception as error:
+                recorder.refuse(f"raised {type(error).__name__}: {error}")
+            if recorder.refusal is not None:  # the cb caught it
+                raise NotRecordable(recorder.refusal)
+            if isinstance(result, dict):
+                for key, value in result.items():
+                    for name, own in (("parameter", param), ("gradient", param.of_grad)):
+                        if isinstance(value, RecordedTensor) and value.cell is own.cell:
+                            recorder.refuse(f"the state {key!r} is the {name} itself, not a copy")
+                now.update(result)
+        recorder.cb = "the chain"
+        return self._finish(recorder, param, before, now)
+
+    def _finish(
+        self, recorder: Recorder, param: RecordedTensor, before: Mapping[str, Any], now: Mapping[str, Any]
+    ) -> Recorded:
+        assert param.of_grad is not None
+        outputs = [_changed(recorder, PARAM, param), _changed(recorder, GRAD, param.of_grad)]
+        numbers: dict[str, Any] = {}
+        taken: dict[int, str] = {}
+        for key, value in now.items():
+            if isinstance(value, Tensor):
+                made = value if isinstance(value, RecordedTensor) else recorder.constant_tensor(value)
+                if id(made.cell) in taken:
+                    recorder.refuse(f"the states {key!r} and {taken[id(made.cell)]!r} are the same tensor")
+                if made.cell.constant:
+                    recorder.refuse(f"the state {key!r} is a hyper-parameter's tensor")
+                taken[id(made.cell)] = key
+                outputs.append(_state_output(recorder, key, before.get(key), made))
+            elif key not in before or value is not before[key]:
+                if not (type(value) is Number or value is None or isinstance(value, bool | int | float | str)):
+                    recorder.refuse(f"a {type(value).__name__} in the state")
+                numbers[key] = value
+        program, slots = pruned(
+            recorder.nodes, [o for o in outputs if o is not None], [recorder.tape.text(x) for x in recorder.slots]
+        )
+        program = self._programs.setdefault(program, program)
+        evaluate = recorder.tape.evaluator([recorder.slots[i] for i in slots], numbers)
+        return Recorded(program, evaluate, tuple(key for key in now if key not in before))
+
+
+def _row(recorded: Recorded, values: tuple[Any, ...], states: dict[str, Any]) -> Row:
+    row = Row(values)
+    row.recorded, row.states = recorded, states
+    return row
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _hyper_leaf(recorder: Recorder, name: str, value: Any) -> Any:
+    """What stands for one hyper while recording."""
+    if _number(value):
+        return recorder.tape.leaf(f"hypers[{name!r}]", name, value)
+    if isinstance(value, tuple | list):
+        items = (recorder.tape.leaf(f"hypers[{name!r}][{i}]", f"{name}[{i}]", x) for i, x in enumerate(value))
+        return type(value)(items)
+    if isinstance(value, Tensor) and value.device.type == "cpu":
+        number = recorder.tape.leaf(f"hypers[{name!r}].item()", name, value.item())
+        made = recorder.new(recorder.node("scalar", (recorder.slot(number),), value.dtype, False))
+        made.cell.constant = True
+        return made
+    if isinstance(value, Tensor):
+        return recorder.input(f"hyper {name}", value.dtype, False, constant=True)
+    return value
+
+
+def _state_leaf(recorder: Recorder, p: Tensor, key: str, value: Any) -> Any:
+    """What stands for one entry of the state while recording."""
+    if _number(value):
+        return recorder.tape.leaf(f"state[{key!r}]", key, value)
+    if isinstance(value, Tensor):
+        return recorder.input(f"state {key}", value.dtype, whole=value.shape == p.shape)
+    return value
+
+
+def _changed(recorder: Recorder, place: str, x: RecordedTensor) -> Output | None:
+    """What is written back to the place of a tensor, None where it is as it was."""
+    node = recorder.nodes[x.cell.value]
+    return (
+        None if node.op == "input" and node.args[0] == place else Output(place, x.cell.value, node.dtype, True, False)
+    )
+
+
+def _state_output(recorder: Recorder, key: str, before: Any, x: RecordedTensor) -> Output | None:
+    """Where a state that is a tensor goes: into the tensor that is there, or into a new one."""
+    place, node = f"state {key}", recorder.nodes[x.cell.value]
+    if node.op == "input" and node.args[0] == place:
+        return None
+    if isinstance(before, RecordedTensor):
+        assert before.cell.place == place
+        origin = next(n for n in recorder.nodes if n.op == "input" and n.args[0] == place)
+        fits = origin.dtype == node.dtype and (origin.whole or not node.whole)
+        return Output(place, x.cell.value, node.dtype, origin.whole if fits else node.whole, not fits)
+    return Output(place, x.cell.value, node.dtype, node.whole, True)
+
+
+# ---- kinds
+
+
+def hypers_kind(hypers: Mapping[str, Any]) -> Kind:
+    """The part of the kind that a group's hypers make.
+
+    Raises:
+        NotRecordable: a hyper is neither a number, a bool, a string, None, a 0-d tensor nor a tuple of numbers.
+    """
+    return tuple((name, _hyper_kind(name, value)) for name, value in hypers.items())
+
+
+def _hyper_kind(name: str, value: Any) -> Any:
+    if _number(value):
+        return type(value)
+    if value is None or isinstance(value, bool | str):
+        return ("is", value)
+    if type(value) in (tuple, list) and all(map(_number, value)):
+        return (type(value), tuple(map(type, value)))
+    if type(value) is Tensor and value.ndim == 0 and value.dtype in FLOATS and not value.requires_grad:
+        return (value.dtype, value.device)
+    raise NotRecordable(f"the hyper-parameter {name!r} is a {type(value).__name__}")
+
+
+def kind_of(p: Tensor, state: Mapping[str, Any]) -> Kind:
+    """The part of the kind that a parameter with its gradient and state makes.
+
+    Raises:
+        NotRecordable: something that a program cannot work on.
+    """
+    grad = _grad_of(p)
+    if type(p) not in _PLAIN or type(grad) not in _PLAIN:
+        raise NotRecordable(f"a parameter is a {type(p).__name__} with a gradient that is a {type(grad).__name__}")
+    if p.dtype not in FLOATS or grad.dtype not in FLOATS:
+        raise NotRecordable(f"a parameter is {p.dtype} with a gradient of {grad.dtype}")
+    if grad.layout is not torch.strided or p.layout is not torch.strided:
+        raise NotRecordable("a gradient is sparse")
+    if grad.shape != p.shape or grad.device != p.device:
+        raise NotRecordable("a gradient differs from its parameter in shape or device")
+    return (p.dtype, grad.dtype, p.device, p.ndim == 0, *((k, _state_kind(p, k, v)) for k, v in state.items()))
+
+
+def _grad_of(p: Tensor) -> Tensor:
+    """The gradient, or before the first backward pass what it will probably be like."""
+    return p if p.grad is None else p.grad
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _state_kind(p: Tensor, key: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if type(value) is not Tensor or value.requires_grad or value.is_complex() or value.layout is not torch.strided:
+            raise NotRecordable(f"the state {key!r} is not an ordinary tensor")
+        if value.device != p.device or (value.shape != p.shape and value.ndim):
+            raise NotRecordable(f"the state {key!r} has another shape or device than its parameter")
+        return (value.dtype, value.shape == p.shape)
+    if _number(value):
+        return type(value)
+    if value is None or isinstance(value, bool | str):
+        return ("is", value)
+    raise NotRecordable(f"the state {key!r} is a {type(value).__name__}")

@@ -1,0 +1,246 @@
+"""What a cb reads beside its arguments: a recording is good only while that stays the same.
+
+A recording is used for many steps, so whatever a cb takes from its module, its closure or its object must be known.
+Functions, numbers and strings are noted with their values and compared in every step. A cb that reads something whose
+contents can change unseen (a list, an object, a clock, random numbers), or that keeps something outside of its
+arguments, is not recorded: it runs as it is.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import types
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from .describe import cb_name
+from .recorder import NotRecordable
+
+_PURE_MODULES = frozenset({"math", "cmath", "operator", "_operator", "torch", "numpy", "typing", "builtins"})
+_PURE_BUILTINS = frozenset(
+    [
+        "abs",
+        "all",
+        "any",
+        "bool",
+        "complex",
+        "dict",
+        "divmod",
+        "enumerate",
+        "float",
+        "getattr",
+        "hasattr",
+        "int",
+        "isinstance",
+        "issubclass",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "pow",
+        "range",
+        "reversed",
+        "round",
+        "slice",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+        "zip",
+    ]
+)
+_RANDOM = ("rand", "bernoulli", "normal", "multinomial", "poisson", "dropout", "seed", "exponential", "geometric")
+_MISSING = object()
+
+#: (mapping, key, value): `mapping[key]` must be `value`.
+Read = tuple[Mapping[str, Any], str, Any]
+
+
+def reads_of(cb: Callable[..., Any]) -> list[Read]:
+    """What must stay the same for a recording of `cb` to be good.
+
+    Raises:
+        NotRecordable: the cb reads or keeps something else; the text says what.
+    """
+    reads: list[Read] = []
+    _Scan(cb_name(cb), reads).callable(cb)
+    return reads
+
+
+def unchanged(reads: list[Read]) -> bool:
+    """Whether everything that was read still has its value."""
+    for mapping, key, value in reads:
+        now = mapping.get(key, _MISSING)
+        if now is not value and (type(now) is not type(value) or now != value or isinstance(value, types.FunctionType)):
+            return False
+    return True
+
+
+class _Cells(Mapping[str, Any]):
+    """The closure of a function as a mapping."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self._cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self._cells[name].cell_contents
+        except ValueError:  # not filled yet
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cells)
+
+    def __len__(self) -> int:
+        return len(self._cells)
+
+
+class _Scan:
+    """Walks through the code of a cb and of the functions that it calls."""
+
+    def __init__(self, name: str, reads: list[Read]) -> None:
+        self.name, self.reads = name, reads
+        self._seen: set[int] = set()
+
+    def refuse(self, what: str) -> NoReturn:
+        raise NotRecordable(f"{self.name}: {what}")
+
+    def callable(self, cb: Any) -> None:
+        if isinstance(cb, partial):
+            self.callable(cb.func)
+            for i, value in enumerate(cb.args):
+                self.note({str(i): value}, str(i), value, f"argument {i} bound by a partial")
+            for key, value in cb.keywords.items():
+                self.note(cb.keywords, key, value, f"{key!r} bound by a partial")
+        elif isinstance(cb, types.FunctionType):
+            self.function(cb)
+        elif isinstance(cb, types.MethodType) and isinstance(cb.__func__, types.FunctionType):
+            self.function(cb.__func__, owner=cb.__self__)
+        else:
+            call: Any = getattr(type(cb), "__call__", None)  # noqa: B004 (its type is what counts)
+            if isinstance(call, types.FunctionType):
+                return self.function(call, owner=cb)
+            self.refuse(f"is a {type(cb).__name__}, whose code cannot be read")
+
+    def function(self, function: types.FunctionType, owner: Any = None) -> None:
+        if id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        if function.__module__ == "fastopt.engine.reductions":
+            return
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not _constant(value):
+                self.refuse(f"a default argument is a {type(value).__name__}, which can change unseen")
+        self.code(function.__code__, function.__globals__, _Cells(function), owner)
+
+    def code(self, code: types.CodeType, scope: dict[str, Any], cells: Mapping[str, Any], owner: Any) -> None:
+        steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+        own = set(code.co_varnames)
+        for i, step in enumerate(steps):
+            path = [str(s.argval) for s in _attributes(steps[i + 1 :])]
+            if step.opname == "LOAD_GLOBAL":
+                mapping = scope if step.argval in scope else vars(builtins)
+                self.name_read(mapping, str(step.argval), path)
+            elif step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and step.argval in cells:
+                self.name_read(cells, str(step.argval), path)
+            elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+                step.opname in ("STORE_DEREF", "DELETE_DEREF")
+                and step.argval in code.co_freevars
+                and step.argval in cells
+            ):
+                self.refuse(f"keeps {step.argval!r} outside of its arguments")
+            elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and step.argval not in ("data", "grad"):
+                self.refuse(f"sets the attribute {step.argval!r}")
+            elif step.opname == "IMPORT_NAME" and str(step.argval).partition(".")[0] not in _PURE_MODULES:
+                self.refuse(f"imports {step.argval}")
+            elif owner is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                self.attribute_read(owner, str(step.argval))
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self.code(constant, scope, {k: v for k, v in cells.items() if k not in own}, owner)
+
+    def attribute_read(self, owner: Any, name: str) -> None:
+        """An attribute of some object was read; if `owner` has one of that name, take it as read."""
+        if name in getattr(owner, "__dict__", {}):
+            self.note(vars(owner), name, vars(owner)[name], f"self.{name}")
+            return
+        found = getattr(type(owner), name, None)
+        if isinstance(found, types.FunctionType):
+            self.function(found, owner)
+        elif isinstance(found, property) and isinstance(found.fget, types.FunctionType):
+            self.function(found.fget, owner)
+        elif found is not None and name in vars(type(owner)):
+            self.note(dict(vars(type(owner))), name, found, f"{type(owner).__name__}.{name}")
+
+    def name_read(self, mapping: Mapping[str, Any], name: str, path: list[str]) -> None:
+        """A global or closed-over name was read, and from what it is the attributes `path`."""
+        value, shown = mapping.get(name, _MISSING), name
+        if value is _MISSING:
+            return
+        while isinstance(value, types.ModuleType) and path and hasattr(value, path[0]):
+            if _root(value.__name__) in _PURE_MODULES:
+                if any(word in part for part in path for word in _RANDOM):
+                    self.refuse(f"{'.'.join([shown, *path])} draws random numbers")
+                return self.note(mapping, name, mapping[name], shown)
+            self.reads.append((mapping, name, value))
+            mapping, name, shown, path = vars(value), path[0], f"{shown}.{path[0]}", path[1:]
+            value = mapping[name]
+        self.note(mapping, name, value, shown)
+
+    def note(self, mapping: Mapping[str, Any], key: str, value: Any, shown: str) -> None:
+        """Take over one value that the cb reads, or refuse it."""
+        if isinstance(value, types.FunctionType):
+            if _root(value.__module__ or "") not in _PURE_MODULES:
+                self.function(value)
+        elif isinstance(value, types.BuiltinFunctionType | type) or type(value).__name__ in (
+            "ufunc",
+            "_ArrayFunctionDispatcher",
+        ):
+            self.builtin(value, shown)
+        elif isinstance(value, partial):
+            self.callable(value)
+        elif isinstance(value, types.ModuleType):
+            if _root(value.__name__) not in _PURE_MODULES:
+                self.refuse(f"uses the module {shown}")
+        elif not _constant(value):
+            self.refuse(f"reads {shown}, a {type(value).__name__}, which can change unseen; make it a hyper-parameter")
+        self.reads.append((mapping, key, value))
+
+    def builtin(self, value: Any, shown: str) -> None:
+        owner = type(getattr(value, "__self__", None))
+        home: str = getattr(value, "__module__", None) or owner.__module__
+        name = getattr(value, "__name__", shown)
+        if any(word in name for word in _RANDOM):
+            self.refuse(f"{shown} draws random numbers")
+        if home == "builtins":
+            exception = isinstance(value, type) and issubclass(value, BaseException)
+            if name not in _PURE_BUILTINS and not exception:
+                self.refuse(f"calls {shown}")
+        elif _root(home) not in _PURE_MODULES:
+            self.refuse(f"calls {shown} of {home or 'an unknown module'}")
+
+
+def _attributes(steps: list[dis.Instruction]) -> Iterator[dis.Instruction]:
+    """The attribute look-ups at the beginning of `steps`."""
+    for step in steps:
+        if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return
+        yield step
+
+
+def _root(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def _constant(value: Any) -> bool:
+    """Whether a value cannot change."""
+    if isinstance(value, tuple | frozenset):
+        return all(map(_constant, value))
+    return value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | torch.memory_format | slice
+    )

@@ -1,0 +1,184 @@
+"""The engine of one optimizer: records its chain, lets the executor of each device run it, and tells what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .blocks import run_blocks
+from .chain import Chain
+from .choice import Choice, requested
+from .eager import run_eager
+from .numba_run import can_run, numba_is_there, run_numba
+from .plan import Cohort, make_cohorts
+from .program import Program
+from .steady import Members, Steady
+from .triton_run import TritonRuns, interpreted, triton_is_there
+from .work import GroupWork, Reduce
+
+#: Why a chain that can be recorded runs `eager`.
+AS_IT_IS = "on the CPU a chain with norms is faster as it is"
+
+
+class Engine:
+    """Runs the chain of one optimizer.
+
+    Args:
+        name: of the executor to use; None or empty takes the best one for each device.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+        self._chain: Chain | None = None
+        self._ran: dict[int, Choice] = {}
+        self._used: dict[int, str] = {}
+        self._triton: dict[torch.device, TritonRuns] = {}
+        self._steady: Steady | None = None
+        self.members = Members()
+
+    def run(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None = None) -> None:
+        """Run the chain on all of the work, in place; the arguments are those of `run_eager`."""
+        self._run(cbs, work, reduce, launch=True)
+
+    def prepare_replay(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> None:
+        """Do all of a step but the kernels, which a CUDA graph then replays.
+
+        Raises:
+            RuntimeError: no graph has captured a step, or this step differs from it in more than numbers.
+        """
+        self._run(cbs, work, None, launch=False)
+
+    def _run(
+        self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None, launch: bool
+    ) -> None:
+        name, reason = requested(self.name)
+        if name == "eager":
+            _only_kernels_replay(launch)
+            run_eager(cbs, work, reduce)
+            self._note(work, "eager", reason)
+            return
+        chain = self._chain_of(cbs)
+        again = self._steady.cohorts(work, self.members) if self._steady is not None else None
+        if again is not None and self._steady is not None:
+            self._execute(again, name, reduce, launch)
+            self._steady.after()
+            return
+        self._steady = None
+        self.members.grads.clear()
+        cohorts, refused = make_cohorts(chain, work)
+        _only_kernels_replay(launch or not refused)
+        if name is None and _better_as_it_is(cohorts):
+            run_eager(cbs, work, reduce)
+            self._note(work, "eager", AS_IT_IS)
+            return
+        if reduce is not None and (refused or any(not cohort.program.additive for cohort in cohorts)):
+            why = refused[0][1] if refused else "a reduction that cannot be added up over processes"
+            run_eager(cbs, work, reduce)  # in full, so that all processes make the same calls of `reduce`
+            self._note(work, "eager", why)
+            return
+        self._execute(cohorts, name, reduce, launch)
+        if refused:  # all of the work where nothing was recorded, for a cb may step on everything at once
+            run_eager(cbs, [group for group, _ in refused] if cohorts else work, reduce)
+        self._note(work, None, reason, refused)
+        if not refused:
+            self._steady = Steady(work, cohorts)
+
+    def _execute(self, cohorts: list[Cohort], name: str | None, reduce: Reduce | None, launch: bool) -> None:
+        for device, part in _by_device(cohorts).items():
+            executor = executor_of(part, name)
+            if executor == "triton":
+                self._triton.setdefault(device, TritonRuns()).run(part, reduce, launch)
+            else:
+                _only_kernels_replay(launch)
+                (run_numba if executor == "numba" else run_blocks)(part, reduce)
+            self._used |= {index: executor for cohort in part for index in cohort.groups}
+
+    def programs(self) -> tuple[Program, ...]:
+        """The programs that the chain has been recorded as."""
+        return () if self._chain is None else self._chain.programs()
+
+    def choices(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> tuple[Choice, ...]:
+        """Which executor runs each group, and why: what was done in the last step, else what would be done."""
+        missing = [group for group in work if group.index not in self._ran]
+        name, reason = requested(self.name)
+        expected: dict[int, Choice] = {}
+        if missing and name != "eager":
+            cohorts, refused = make_cohorts(self._chain_of(cbs), missing)
+            if name is None and _better_as_it_is(cohorts):
+                return tuple(self._ran.get(g.index) or Choice(g.index, "eager", AS_IT_IS) for g in work)
+            why = {group.index: text for group, text in refused}
+            parts = _by_device(cohorts).values()
+            used = {i: executor_of(part, name) for part in parts for cohort in part for i in cohort.groups}
+            expected = {g.index: _choice(g.index, why.get(g.index), reason, used) for g in missing}
+        elif missing:
+            expected = {g.index: Choice(g.index, "eager", reason) for g in missing}
+        return tuple(self._ran.get(g.index) or expected[g.index] for g in work)
+
+    def _chain_of(self, cbs: Sequence[Callable[..., Any]]) -> Chain:
+        if (
+            self._chain is None
+            or len(self._chain.cbs) != len(cbs)
+            or any(a is not b for a, b in zip(self._chain.cbs, cbs, strict=True))
+        ):
+            self._chain = Chain(cbs)
+            self._steady = None
+        if self._chain.refresh():
+            self._steady = None
+        return self._chain
+
+    def _note(
+        self,
+        work: Sequence[GroupWork],
+        executor: str | None,
+        reason: str,
+        refused: Sequence[tuple[GroupWork, str]] = (),
+    ) -> None:
+        why = {group.index: text for group, text in refused}
+        for group in work:
+            if executor is not None:
+                self._ran[group.index] = Choice(group.index, executor, reason)
+            else:
+                self._ran[group.index] = _choice(group.index, why.get(group.index), reason, self._used)
+
+
+def _only_kernels_replay(possible: bool) -> None:
+    if not possible:
+        raise RuntimeError("only steps of the executor triton can be captured and replayed, see opt.engine")
+
+
+def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
+    """Whether a recorded chain is slower than its cbs: on the CPU, where every norm is a few operations on one number.
+
+    Depends on the chain and the devices alone, so that all processes of a sharded step decide alike.
+    """
+    reduces = any(phase.reductions for cohort in cohorts for phase in cohort.program.phases)
+    return reduces and all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
+
+
+def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:
+    if refusal is not None:
+        return Choice(index, "eager", refusal)
+    return Choice(index, used.get(index, "eager"), reason if index in used else "it has no parameters")
+
+
+def executor_of(cohorts: Sequence[Cohort], name: str | None) -> str:
+    """The name of the executor for cohorts on one device; `name` is the one that was asked for.
+
+    Sizes play no part, so that slices of a parameter run as the whole does, whatever the number of processes.
+    """
+    device = cohorts[0].params[0].device.type
+    if name in (None, "triton") and triton_is_there() and (device == "cuda" or (name and interpreted())):
+        return "triton"
+    if name == "numba" and device == "cpu" and numba_is_there():
+        return "numba" if all(map(can_run, cohorts)) else "foreach"
+    return "foreach"
+
+
+def _by_device(cohorts: list[Cohort]) -> dict[torch.device, list[Cohort]]:
+    """The cohorts of each device."""
+    devices: dict[torch.device, list[Cohort]] = {}
+    for cohort in cohorts:
+        devices.setdefault(cohort.params[0].device, []).append(cohort)
+    return devices

@@ -1,0 +1,238 @@
+"""The executor `triton`: one launch per pass for all tensors that step with the same program."""
+
+from __future__ import annotations
+
+import importlib.util
+import linecache
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .blocks import run_blocks
+from .plan import Cohort
+from .program import Program
+from .tables import Tables
+from .triton_source import BLOCK, WARPS, Layout, source_of
+from .work import Reduce
+
+#: Addresses that are multiples of this are read and written 16 bytes at a time.
+ALIGNED = 16
+
+
+@lru_cache(maxsize=1)
+def triton_is_there() -> bool:
+    """Whether Triton is installed. Does not import it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter is asked for, which runs kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+class Kernels:
+    """The kernels of one program, compiled when they are first launched."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.layout = Layout(program)
+        source = source_of(self.layout)
+        # Triton reads the source of a kernel through `inspect`, which looks here for what is no file
+        name = f"<fastopt kernels {sha256(source.encode()).hexdigest()[:16]}>"
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        self.functions: dict[str, Any] = {"__name__": "fastopt_kernels"}
+        exec(compile(source, name, "exec"), self.functions)
+
+
+@lru_cache(maxsize=256)
+def kernels_of(program: Program) -> Kernels:
+    """The kernels of `program`."""
+    return Kernels(program)
+
+
+class TritonRuns:
+    """Runs cohorts on one device; keeps the tables of each program."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[Program, torch.device, bool], Tables] = {}
+        self._captured: list[Program] | None = None
+
+    def run(self, cohorts: Sequence[Cohort], reduce: Reduce | None = None, launch: bool = True) -> None:
+        """Step all parameters of the cohorts in place.
+
+        Args:
+            cohorts, reduce: as for `run_blocks`.
+            launch: False does all of it but the kernels, which a CUDA graph replays.
+        """
+        capturing = _capturing(cohorts[0].params[0].device)
+        flat, others = _by_layout(cohorts)
+        programs = [cohort.program for cohort in flat]
+        if capturing and (others or any(cohort.fresh for cohort in flat)):
+            raise RuntimeError("a CUDA graph cannot capture a step that creates state: make a few steps before")
+        if not launch and (others or programs != self._captured):
+            raise RuntimeError("this step runs other kernels than the captured one: capture it anew")
+        if others and reduce is not None:
+            run_blocks(cohorts, reduce)
+            return
+        device = cohorts[0].params[0].device
+        with _on(device):
+            launches = [launch for cohort in flat for launch in self._launches(cohort, device)]
+            for k in range(max((len(x.program.phases) for x in launches), default=0) if launch else 0):
+                _run_phase(launches, k, reduce)
+        if capturing:  # nothing has run; the numbers of the state go on with the replays
+            self._captured = programs
+            return
+        for cohort in flat:
+            cohort.store()
+        if others:
+            run_blocks(others, None)
+
+    def _launches(self, cohort: Cohort, device: torch.device) -> list[Launch]:
+        """The launches for a cohort, with its tables up to date; those of its last step if nothing has moved since."""
+        kernels = kernels_of(cohort.program)
+        where = [cohort.addresses[place] for place in kernels.layout.places if place in cohort.addresses]
+        known: _Prepared | None = cohort.kept
+        if known is None or known.where != where or not known.current():
+            known = cohort.kept = self._prepare(cohort, kernels, device, where)
+        rows = [tuple(row) for row in cohort.rows]
+        for launch in known.launches:
+            launch.tables.set_scalars(rows)
+        return known.launches
+
+    def _prepare(self, cohort: Cohort, kernels: Kernels, device: torch.device, where: list[list[int]]) -> _Prepared:
+        addresses = _addresses(cohort, kernels.layout)
+        whole = [row for row, place in enumerate(kernels.layout.places) if cohort.is_whole(place)]
+        aligned = (addresses[whole] % ALIGNED == 0).all(axis=0)
+        sizes = np.fromiter((p.numel() for p in cohort.params), np.int64, len(cohort.params))
+        rows = np.array(cohort.row_index, np.int32)
+        launches, tokens = [], []
+        for promise in (True, False):
+            chosen = np.flatnonzero(aligned == promise)
+            if len(chosen):
+                tables = self._tables_for(kernels, device, promise)
+                tables.place(np.ascontiguousarray(addresses[:, chosen]), sizes[chosen], rows[chosen])
+                launches.append(Launch(kernels, tables, ALIGNED if promise else 1, len(chosen), len(cohort.rows)))
+                tokens.append(tables.version)
+        return _Prepared(where, launches, tokens)
+
+    def _tables_for(self, kernels: Kernels, device: torch.device, aligned: bool) -> Tables:
+        key = (kernels.program, device, aligned)
+        if key not in self._tables:
+            self._tables[key] = Tables(kernels.layout, device)
+        return self._tables[key]
+
+
+class Launch:
+    """The tensors of one cohort that go through the same kernels."""
+
+    def __init__(self, kernels: Kernels, tables: Tables, align: int, n_tensors: int, n_rows: int) -> None:
+        self.kernels, self.tables, self.align = kernels, tables, align
+        self.n_tensors, self.n_rows = n_tensors, n_rows
+        self.program, layout = kernels.program, kernels.layout
+        self.compute = torch.float64 if layout.double else torch.float32
+        counted = [sum(self.program.nodes[i].op != "count" for i in phase.reductions) for phase in self.program.phases]
+        self.partials = tables.scratch("partials", (max(counted), max(tables.n_chunks, 1)), self.compute)
+        self.values = tables.scratch("values", (max(len(layout.values), 1), n_tensors), torch.float64)
+        self.totals = tables.scratch("totals", (max(len(layout.totals), 1), n_tensors), torch.float64)
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.n_tensors, self.n_rows, self.tables.n_chunks
+
+    def stage(self, k: int, add: bool, scalars: bool) -> None:
+        """Launch what is done per tensor before pass `k`."""
+        if not self.kernels.layout.stage(k):
+            return
+        t = self.tables
+        self.kernels.functions[f"stage_{k}"][(self.n_tensors,)](
+            t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.first_chunk.on_device, t.scalars.on_device,
+            self.values, self.partials, self.totals, *self.counts(),
+            ADD=add, SCALARS=scalars, WIDE=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+    def sweep(self, k: int) -> None:
+        """Launch pass `k`."""
+        t, phase = self.tables, self.program.phases[k]
+        if t.n_chunks and (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
+            self.kernels.functions[f"pass_{k}"][(t.n_chunks,)](
+                t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.chunk_tensor.on_device,
+                t.chunk_number.on_device, t.scalars.on_device, self.values, self.partials, *self.counts(),
+                BLOCK=BLOCK, ALIGN=self.align, num_warps=WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+
+
+class _Prepared:
+    """The launches of a cohort, good while its tensors lie where they lay and no other cohort has used its tables."""
+
+    def __init__(self, where: list[list[int]], launches: list[Launch], versions: list[int]) -> None:
+        self.where, self.launches, self._versions = where, launches, versions
+
+    def current(self) -> bool:
+        return [launch.tables.version for launch in self.launches] == self._versions and bool(self.where)
+
+
+def _run_phase(launches: Sequence[Launch], k: int, reduce: Reduce | None) -> None:
+    """The scalars before pass `k`, and the pass."""
+    now = [launch for launch in launches if k < len(launch.program.phases)]
+    reducing = [launch for launch in now if k and launch.program.phases[k - 1].reductions]
+    if reduce is not None and reducing:
+        for launch in reducing:
+            launch.stage(k, add=True, scalars=False)
+        rows = [
+            [launch.kernels.layout.totals[i] for i in launch.program.phases[k - 1].reductions] for launch in reducing
+        ]
+        parts = [launch.totals[r] for launch, r in zip(reducing, rows, strict=True)]
+        totals = torch.split(reduce(torch.cat([x.flatten() for x in parts])), [x.numel() for x in parts])
+        for launch, r, part, total in zip(reducing, rows, parts, totals, strict=True):
+            launch.totals[r] = total.view_as(part)
+    for launch in now:
+        launch.stage(k, add=reduce is None and launch in reducing, scalars=True)
+        launch.sweep(k)
+
+
+def _by_layout(cohorts: Sequence[Cohort]) -> tuple[list[Cohort], list[Cohort]]:
+    """The parameters whose tensors are laid out alike without gaps, and the others."""
+    flat: list[Cohort] = []
+    others: list[Cohort] = []
+    for cohort in cohorts:
+        if cohort.kept is not None:  # looked at in an earlier step
+            flat.append(cohort)
+            continue
+        cohort.make_fresh()
+        good = [cohort.is_flat(i) for i in range(len(cohort.params))]
+        if all(good):
+            flat.append(cohort)
+            continue
+        cohort.split = True
+        for keep, found in ((True, flat), (False, others)):
+            part = cohort.part([i for i, x in enumerate(good) if x == keep])
+            if part.params:
+                found.append(part)
+    return flat, others
+
+
+def _addresses(cohort: Cohort, layout: Layout) -> NDArray[np.int64]:
+    """Where each tensor lies `[n_places, n_tensors]`."""
+    n = len(cohort.params)
+    rows = [
+        np.array(cohort.addresses[place], np.int64)
+        if place in cohort.addresses
+        else np.fromiter(map(Tensor.data_ptr, cohort.tensors(place)), np.int64, n)
+        for place in layout.places
+    ]
+    return np.stack(rows) if rows else np.zeros((1, n), np.int64)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

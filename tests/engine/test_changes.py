@@ -1,0 +1,132 @@
+"""Whatever changes between two steps is right on the very next one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastopt import Adam, Larc, Optimizer, RAdam, Ranger
+
+from .compare import side_by_side
+
+ENGINES = ["foreach"]
+each_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+def _groups(ps: list[Tensor]) -> list[list[Tensor]]:
+    return [ps[:2], ps[2:4], ps[4:]]
+
+
+def adam(ps: list[Tensor], engine: str) -> Optimizer:
+    return Adam(_groups(ps), lr=slice(1e-3, 1e-2), wd=[0.0, 0.1, 0.2], engine=engine)
+
+
+def freeze(opt: Any, ps: list[Tensor], i: int) -> None:
+    opt.freeze_to((0, 1, 3, 0, 2)[i] if i < 5 else 0)
+
+
+def some_without_gradient(opt: Any, ps: list[Tensor], i: int) -> None:
+    ps[i % len(ps)].grad = None
+
+
+def clear(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i == 2:
+        opt.clear_state()
+
+
+def load(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i == 3:
+        saved = {k: v for k, v in opt.state_dict().items()}
+        saved["state"] = {
+            n: {k: v.clone() * 2 if isinstance(v, Tensor) else v + 3 for k, v in e.items()}
+            for n, e in saved["state"].items()
+        }
+        opt.load_state_dict(saved)
+
+
+def move_data(opt: Any, ps: list[Tensor], i: int) -> None:
+    ps[i % 3].data = ps[i % 3].data.clone() + 1
+
+
+def replace_state(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i:
+        opt.state[ps[0]]["grad_avg"] = torch.ones_like(ps[0])
+        opt.state[ps[4]]["step"] = 7
+        opt.state[ps[5]].clear()
+
+
+def marks(opt: Any, ps: list[Tensor], i: int) -> None:
+    opt.state[ps[i]]["do_wd"] = bool(i % 2)
+
+
+def hypers(opt: Any, ps: list[Tensor], i: int) -> None:
+    opt.set_hyper("lr", 0.01 / (i + 1))
+    opt.hypers[1]["wd"] = 0.1 * (i % 2)
+    opt.param_groups[2]["betas"] = (0.5, 0.9 - 0.1 * i)
+
+
+def add_group(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i == 2:
+        extra = torch.full((3, 3), 0.5, requires_grad=True)
+        opt.add_param_group({"params": [extra], "lr": 0.5})
+    if i >= 2:
+        opt.param_groups[-1]["params"][0].grad = torch.full((3, 3), float(i))
+
+
+def other_layout(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i == 1:
+        ps[4].data = ps[4].data.t().contiguous().t()
+    if i == 2:
+        ps[0].grad = ps[0].grad.t().contiguous().t()
+
+
+CHANGES = [freeze, some_without_gradient, clear, load, move_data, replace_state, marks, hypers, add_group, other_layout]
+
+
+@each_engine
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_between_steps(engine: str, change: Any) -> None:
+    _, opt = side_by_side(adam, engine, torch.float32, steps=6, between=change)
+    assert "eager" not in {choice.executor for choice in opt.engine}
+
+
+@each_engine
+def test_the_branches_of_radam_and_ranger(engine: str) -> None:
+    side_by_side(lambda ps, e: RAdam(ps, sqr_mom=0.9, engine=e), engine, torch.float32, steps=9)
+    side_by_side(lambda ps, e: Ranger(_groups(ps), k=[2, 3, 4], engine=e), engine, torch.float32, steps=9)
+
+
+@each_engine
+def test_an_lr_that_is_a_tensor(engine: str) -> None:
+    def build(ps: list[Tensor], e: str) -> Optimizer:
+        return Larc(ps, lr=torch.tensor(0.1), wd=0.1, engine=e)
+
+    def fill(opt: Any, ps: list[Tensor], i: int) -> None:
+        opt.param_groups[0]["lr"].fill_(0.1 / (i + 1))
+
+    side_by_side(build, engine, torch.float32, between=fill)
+
+
+@each_engine
+def test_one_recording_serves_all_groups_and_steps(engine: str) -> None:
+    _, opt = side_by_side(adam, engine, torch.float32, steps=6)
+    assert len(opt.program()) == 4  # with and without decay (wd=0), the first step and the others
+
+
+def test_an_optimizer_is_copied_and_pickled_without_its_engine() -> None:
+    import copy
+    import pickle
+
+    p = torch.ones(3, requires_grad=True)
+    opt = Adam([p], engine="foreach")
+    p.grad = torch.ones(3)
+    opt.step()
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = torch.ones(3)
+        twin.step()
+        assert twin.state[q]["step"] == 2
+        assert twin.engine[0].executor == "foreach"

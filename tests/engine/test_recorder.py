@@ -1,0 +1,219 @@
+"""What is recorded, what is refused, and that a refusal is never wrong."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from fastopt import SGD, Adam, Optimizer, average_grad
+
+FACTOR = 2.0
+SEEN: list[float] = []
+COUNT = 0
+
+
+@pytest.fixture(autouse=True)
+def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best executor for the CPU is then `foreach`."""
+    monkeypatch.setattr("fastopt.engine.run.numba_is_there", lambda: False)
+
+
+def stepped(cb: Any, engine: str | None = None, steps: int = 3, **hypers: Any) -> tuple[Optimizer, torch.Tensor]:
+    """An optimizer of one cb after some steps on one parameter."""
+    p = torch.linspace(-1, 1, 6).reshape(2, 3).requires_grad_()
+    opt = Optimizer([p], cb, engine=engine, lr=0.1, **hypers)
+    for i in range(steps):
+        p.grad = torch.full((2, 3), 1.0 + i)
+        opt.step()
+    return opt, p.detach()
+
+
+def reads_value(p, lr, **kwargs):
+    if p.grad.sum() > 0:
+        p.data.sub_(lr)
+
+
+def reads_item(p, lr, **kwargs):
+    p.data.sub_(lr * p.grad.max().item())
+
+
+def uses_shape(p, lr, **kwargs):
+    p.data.sub_(lr * p.shape[0])
+
+
+def indexes(p, lr, **kwargs):
+    p.data[0].sub_(lr)
+
+
+def multiplies_matrices(p, lr, **kwargs):
+    p.data.sub_(lr * (p.grad @ p.grad.t()).trace())
+
+
+def draws(p, lr, **kwargs):
+    p.data.add_(torch.rand_like(p), alpha=0 * lr)
+
+
+def draws_numbers(p, lr, **kwargs):
+    p.data.sub_(lr * (0.5 + 0 * random.random()))
+
+
+def keeps_a_list(p, lr, **kwargs):
+    SEEN.append(float(lr))
+    p.data.sub_(lr)
+
+
+def keeps_a_global(p, lr, **kwargs):
+    global COUNT
+    COUNT = COUNT + 1
+    p.data.sub_(lr)
+
+
+def shares_the_gradient(p, lr, **kwargs):
+    return {"seen": p.grad.data}
+
+
+def swallows(p, lr, **kwargs):
+    try:
+        p.data.sub_(lr * p.grad.sum().item())
+    except Exception:
+        p.data.zero_()
+
+
+REFUSED = {
+    reads_value: "__bool__",
+    reads_item: "item",
+    uses_shape: "shape",
+    indexes: "__getitem__",
+    multiplies_matrices: "t of a tensor",
+    draws: "random",
+    draws_numbers: "random",
+    keeps_a_list: "SEEN",
+    keeps_a_global: "COUNT",
+    shares_the_gradient: "gradient itself",
+    swallows: "item",
+}
+
+
+@pytest.mark.parametrize("cb", REFUSED, ids=lambda cb: cb.__name__)
+def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(cb: Any) -> None:
+    opt, ours = stepped(cb)
+    _, theirs = stepped(cb, "eager")
+    assert torch.equal(ours, theirs)
+    (choice,) = opt.engine
+    assert choice.executor == "eager"
+    assert cb.__name__ in choice.reason
+    assert REFUSED[cb] in choice.reason
+
+
+def test_a_global_number_is_read_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cb(p, lr, **kwargs):
+        p.data.sub_(lr * FACTOR)
+
+    p = torch.zeros(2)
+    opt = Optimizer([p], cb, lr=1.0)
+    for factor in (2.0, 3.0, 3.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        p.grad = torch.ones(2)
+        opt.step()
+    assert p.tolist() == [-8.0, -8.0]
+    assert opt.engine[0].executor == "foreach"
+
+
+def test_a_number_of_a_closure_or_object_is_read_again() -> None:
+    factor = 1.0
+
+    def cb(p, lr, **kwargs):
+        p.data.sub_(lr * factor)
+
+    class Step:
+        size = 1.0
+
+        def __init__(self) -> None:
+            self.scale = 1.0
+
+        def factor(self) -> float:
+            return self.scale * self.size
+
+        def __call__(self, p, **kwargs):
+            p.data.mul_(self.factor())
+
+    step = Step()
+    p = torch.zeros(2)
+    opt = Optimizer([p], (cb, step), lr=1.0)
+    p.grad = torch.ones(2)
+    opt.step()
+    factor, step.scale = 5.0, 2.0
+    opt.step()
+    assert p.tolist() == [-12.0, -12.0]
+    assert opt.engine[0].executor == "foreach"
+
+
+def test_numbers_that_decide_or_leave_python_are_guarded() -> None:
+    def cb(p, lr, step=0, **kwargs):
+        step += 1
+        if step % 3 == 0 or lr < 0.05:
+            p.data.mul_(0.5)
+        for _ in range(step):
+            p.data.add_(1.0)
+        p.data.add_(math.sqrt(step))
+        return {"step": step, "even": step % 2 == 0, "text": f"{step}"}
+
+    opt, ours = stepped(cb, steps=7)
+    other, theirs = stepped(cb, "eager", steps=7)
+    assert torch.equal(ours, theirs)
+    assert opt.engine[0].executor == "foreach"
+    (a,), (b,) = opt.state.values(), other.state.values()
+    assert a == b
+
+
+def test_a_missing_argument_is_named_as_by_eager() -> None:
+    p = torch.ones(2)
+    p.grad = torch.ones(2)
+    with pytest.raises(TypeError, match="sqr_avg"):
+        Optimizer([p], lambda p, sqr_avg, **kwargs: None, lr=1.0).step()
+
+
+def test_mixed_kinds_in_one_group() -> None:
+    ps = [torch.ones(3), torch.ones(3, dtype=torch.complex64), torch.ones(3, dtype=torch.float64), torch.ones(2, 2)]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    ps[3].grad = torch.ones(2, 2).to_sparse()
+    opt = SGD(ps, lr=0.5)
+    opt.step()
+    for p in ps:
+        assert torch.equal(p, torch.full_like(p, 0.5))
+    assert opt.engine[0].executor == "eager"
+    assert "complex" in opt.engine[0].reason or "sparse" in opt.engine[0].reason
+
+
+def test_the_engine_is_known_before_the_first_step() -> None:
+    p = torch.ones(2, requires_grad=True)
+    assert Adam([p]).engine[0].executor == "foreach"
+    assert Optimizer([p], (average_grad, uses_shape), lr=1.0).engine[0].executor == "eager"
+    assert Adam([p]).state == {}
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTOPT_ENGINE", "eager")
+    p = torch.ones(2, requires_grad=True)
+    assert Adam([p]).engine[0] == (0, "eager", "chosen by FASTOPT_ENGINE")
+    monkeypatch.setenv("FASTOPT_ENGINE", "warp")
+    with pytest.raises(ValueError, match="warp"):
+        Adam([p])
+    with pytest.raises(ValueError, match="foreach"):
+        Adam([p], engine="loop")
+
+
+def test_nothing_is_imported_for_it() -> None:
+    import subprocess
+    import sys
+
+    heavy = ["triton", "numba", "torch._dynamo", "torch._inductor"]
+    code = f"import fastopt, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
