@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,10 @@ def _torch_sgd(kind: str) -> Callable[[Any, float], Any]:
     return lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, **{kind: True})
 
 
+def _made_with(kind: Callable[..., Any], params: Any, lr: float) -> Any:
+    return kind(params, lr=lr)
+
+
 def peers(rule: str) -> dict[str, Callable[[Any, float], Any]]:
     """The optimizers of others with the same rule, those of packages that are not installed left out."""
     found: dict[str, Callable[[Any, float], Any]] = {}
@@ -145,7 +150,7 @@ def peers(rule: str) -> dict[str, Callable[[Any, float], Any]]:
     ):
         if rule in names and importlib.util.find_spec(package):
             kind = getattr(importlib.import_module(package), names[rule])
-            found[package] = lambda ps, lr, kind=kind: kind(ps, lr=lr)
+            found[package] = partial(_made_with, kind)
     return found
 
 

@@ -31,15 +31,15 @@ def on_ranks(code: str, ranks: int, folder: Path) -> str:
 
 
 def test_the_readme_has_the_blocks_that_are_run_here() -> None:
-    assert (len(ALONE), len(ON_RANKS)) == (2, 2)
-    assert len(BLOCKS) == 4
+    assert (len(ALONE), len(ON_RANKS)) == (3, 2)
+    assert len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("code", ALONE, ids=["optimizer", "own callbacks"])
+@pytest.mark.parametrize("code", ALONE, ids=["optimizer", "own callbacks", "engine"])
 def test_single_process(code: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code)
     printed = run_command(sys.executable, tmp_path / "example.py", cwd=tmp_path).stdout
-    assert "lr" in printed
+    assert ("foreach" if "opt.engine" in code else "lr") in printed
 
 
 def test_many_ranks(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def requested(name: str | None) -> tuple[str | None, str]:
     if name is None:
         name, reason = os.environ.get(VARIABLE), f"chosen by {VARIABLE}"
     if not name:
-        return None, "the fastest for its device"
+        return None, "the default for its device"
     if name not in EXECUTORS:
         raise ValueError(f"engine {name!r} ({reason}) does not exist: choose from {', '.join(EXECUTORS)}")
     return name, reason
