@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..around import Around
-from ..engine import Choice, Needs
+from ..engine import Needs
 from ..hypers import HyperNames
 from ..optimizer import Optimizer
 
@@ -52,11 +52,6 @@ class AroundOptimizer(Around):
     def needs(self) -> Needs:
         """What the chain must see of a parameter."""
         return self.opt.needs
-
-    @property
-    def engine(self) -> tuple[Choice, ...]:
-        """Which executor runs each group, and why."""
-        return self.opt.engine
 
     def set_hypers(self, **kwargs: Any) -> None:
         """Set hyper-parameters in every group: one value, one per group, or a slice."""

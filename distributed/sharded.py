@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base import outside_compile
-from ..engine import GroupWork, Reduce
+from ..engine import Choice, GroupWork, Reduce
 from ..engine.describe import attribute
 from ..hypers import Group
 from ..optimizer import Optimizer
@@ -92,6 +92,17 @@ class ShardedOptimizer(AroundOptimizer):
     def world_size(self) -> int:
         """Number of ranks that share the state."""
         return self._ranks.world_size
+
+    @property
+    def engine(self) -> tuple[Choice, ...]:
+        """Which executor runs each group on this rank, and why."""
+        if self.layout.kind == "whole":
+            return self.opt.engine
+        work = []
+        for group in range(len(self.param_groups)):
+            members = [i for i, spec in enumerate(self.layout.params) if spec.group == group]
+            work.append(self._work(group, members, [self._buffers.slice(i) for i in members]))
+        return self.opt.runner.choices(self.cbs, work)
 
     # ---- stepping
 

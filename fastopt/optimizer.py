@@ -88,11 +88,11 @@ class Optimizer(_BaseOptimizer):
     @property
     def engine(self) -> tuple[Choice, ...]:
         """Which executor runs each group, and why: `eager` where a callback cannot be recorded."""
-        return self._runner.choices(self.cbs, [self._everything(i) for i in range(len(self.param_groups))])
+        return self.runner.choices(self.cbs, [self._everything(i) for i in range(len(self.param_groups))])
 
     def program(self) -> Programs:
         """What the chain has been recorded as in the steps so far; print it to see what runs."""
-        return Programs(self._runner.programs())
+        return Programs(self.runner.programs())
 
     @outside_compile
     @torch.no_grad()
@@ -106,10 +106,11 @@ class Optimizer(_BaseOptimizer):
             RuntimeError: no graph has captured a step, or this one runs other kernels (RAdam's first steps, Lookahead's
                 k-th, another group frozen).
         """
-        self._runner.prepare_replay(self.cbs, list(self._work()))
+        self.runner.prepare_replay(self.cbs, list(self._work()))
 
     @property
-    def _runner(self) -> Engine:
+    def runner(self) -> Engine:
+        """What records and runs the chain of this optimizer."""
         if "_made_runner" not in self.__dict__:
             self._made_runner = Engine(self._engine)
         return self._made_runner
@@ -138,11 +139,11 @@ class Optimizer(_BaseOptimizer):
     def _work(self) -> Iterator[GroupWork]:
         """The groups with the parameters that step now."""
         for i, group in enumerate(self.param_groups):
-            stepping = None if self.is_frozen(i) else self._runner.members.last(i, group["params"], self.state)
+            stepping = None if self.is_frozen(i) else self.runner.members.last(i, group["params"], self.state)
             if stepping is None:
                 params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
                 stepping = params, [self.state[p] for p in params]
-                self._runner.members.note(i, group["params"], self.state, *stepping)
+                self.runner.members.note(i, group["params"], self.state, *stepping)
             if stepping[0]:
                 yield self.group_work(i, *stepping)
 
@@ -155,7 +156,7 @@ class Optimizer(_BaseOptimizer):
     def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
         """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
         self._warn_of_ignored_momentum(work)
-        self._runner.run(self.cbs, work, reduce)
+        self.runner.run(self.cbs, work, reduce)
 
     def _warn_of_ignored_momentum(self, work: list[GroupWork]) -> None:
         """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""

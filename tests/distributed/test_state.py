@@ -284,3 +284,18 @@ def test_consolidating_on_a_rank_that_is_none() -> None:
     opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model)
     with pytest.raises(ValueError, match="to=1"):
         opt.consolidate_state_dict(to=1)
+
+
+def test_engine_tells_of_slices_also_before_the_first_step_after_a_load() -> None:
+    stepped, fresh = Model(), Model()
+    first = shard(fastopt.Adam(stepped.param_groups()), stepped, stage=1)
+    set_average(first, 0, 1)
+    first.step()
+    assert [choice.executor for choice in first.engine] == ["foreach"] * 3
+    second = shard(fastopt.Adam(fresh.param_groups()), fresh)
+    assert second.engine == first.engine
+    second.load_state_dict(first.state_dict())
+    assert second.engine == first.engine
+    wrapped = Model()
+    whole = shard(fastopt.OptimWrapper(torch.optim.AdamW(wrapped.param_groups())), wrapped)
+    assert {choice.executor for choice in whole.engine} == {"eager"}
