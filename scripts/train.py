@@ -22,12 +22,22 @@ def main(arguments: Sequence[str]) -> int:
     """Run the job that the command line describes; returns the exit code."""
     try:
         config = parse(arguments)
-        if not config.check:
+        if config.check:
+            check_data(config)
+        else:
             train(config)
     except JobError as error:
         complain(str(error))
         return 2
     return 0
+
+
+def check_data(config: Config) -> None:
+    """Look for the files of --data, so that a wrong path is told before any rank starts."""
+    if config.data:
+        from job.data import find_sources
+
+        find_sources(config.data)
 
 
 def train(config: Config) -> None:

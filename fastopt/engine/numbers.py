@@ -9,6 +9,7 @@ values of the inputs, and answers None where a guard does not hold: then the cha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -31,9 +32,24 @@ _FORMS = {
     "!=": "{0} != {1}",
     "bool": "bool({0})",
 }
+#: What an operation gives now.
 _COMPUTE: dict[str, Callable[..., Any]] = {
-    op: eval("lambda a, b=None: " + form.format("a", "b"))  # our own table of forms above
-    for op, form in _FORMS.items()
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+    "neg": operator.neg,
+    "abs": operator.abs,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+    "bool": bool,
 }
 
 #: Evaluates a tape: (hypers, state) -> (values, new python states), or None where a guard does not hold.

@@ -91,7 +91,7 @@ class Config:
     threads: int = 0
     """CPU threads per rank; 0 shares the cores out."""
     check: bool = False
-    """Only check the arguments, then exit."""
+    """Only check the arguments and that --data names files, then exit."""
 
     @property
     def rate(self) -> float | slice | None:

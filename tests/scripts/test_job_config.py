@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from scripts.job.config import Config, check_resumable, parse, parse_rate, rebui
 from scripts.job.errors import JobError
 from scripts.job.recipes import RECIPES
 from scripts.job.unfreezing import parse_unfreezing
+from tests.commands import run_command
 
 from .jobs import ROOT
 
@@ -120,3 +122,22 @@ def test_recipes_name_what_is_there():
 
     for recipe in RECIPES.values():
         assert isinstance(getattr(torch.optim if recipe.foreign else fastopt, recipe.factory), type)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "no such folder"], "train.py: --data no such folder matches no file"),
+        (["--opt", "adamm"], "argument --opt: invalid choice: 'adamm'"),
+    ],
+)
+def test_check_says_in_one_sentence_what_is_wrong(arguments: list[str], sentence: str) -> None:
+    done = run_command(sys.executable, ROOT / "scripts/train.py", "--check", *arguments, check=False)
+    assert done.returncode == 2
+    assert sentence in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_check_passes_what_is_right(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("some text")
+    run_command(sys.executable, ROOT / "scripts/train.py", "--check", "--data", tmp_path, "--steps", "3")
