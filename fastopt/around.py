@@ -72,6 +72,11 @@ class AroundChain(Around, Optimizer):
         """Stored names to hypers."""
         return getattr(self, "_hp_map", {})
 
+    def _watch_groups(self) -> None:
+        """Leave that to the optimizer within, whose groups these are."""
+        if isinstance(self.opt, Optimizer):
+            self.opt._watch_groups()
+
     def __getstate__(self) -> dict[str, Any]:
         kept = super().__getstate__()
         return {k: v for k, v in kept.items() if k not in ("state", "param_groups")}

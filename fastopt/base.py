@@ -9,7 +9,16 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .hypers import GroupsView, HyperNames, HyperView, check_name, group_values, same_tensor_everywhere, set_item_pg
+from .hypers import (
+    GroupsView,
+    HyperNames,
+    HyperView,
+    check_name,
+    group_values,
+    hyper_names,
+    same_tensor_everywhere,
+    set_item_pg,
+)
 from .pieces import Box
 from .state import ParamState, flags_of
 
@@ -37,7 +46,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
     @property
     def _names(self) -> HyperNames:
-        return HyperNames(self.hp_map)
+        return hyper_names(tuple(self.hp_map.items()))
 
     @property
     def hypers(self) -> GroupsView[HyperView]:
@@ -247,7 +256,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
     def clear_state(self) -> None:
         """Forget all training state; the marks `force_train` and `do_wd` stay."""
-        self.state = ParamState([(p, marks) for p, entry in self.state.items() if (marks := flags_of(entry))])
+        self.state = ParamState.of((p, marks) for p, entry in self.state.items() if (marks := flags_of(entry)))
 
     def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
         """Which boxes of a state of `p` with global `shape` this process holds: here, all of it."""

@@ -8,6 +8,7 @@ tuple `betas`. Views translate on every access and hold nothing themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar, overload
 
 from torch import Tensor
@@ -83,14 +84,14 @@ class HyperNames:
     def hypers(self, group: Mapping[str, Any]) -> Group:
         """The hypers of a stored group, by their own names."""
         found: Group = {}
+        name_of = self.hp_map.get
         for key, value in group.items():
             if key in _BOOKKEEPING:
                 continue
             if isinstance(value, list | tuple) and (self.spread_all or key in self._tuples):
-                entries = detuplify_pg({key: value})
+                found.update({name_of(k, k): v for k, v in detuplify_pg({key: value}).items()})
             else:
-                entries = {key: value}
-            found.update({self.hp_map.get(k, k): v for k, v in entries.items()})
+                found[name_of(key, key)] = value
         return found
 
     def stored_name(self, name: str, group: Mapping[str, Any]) -> str:
@@ -120,6 +121,12 @@ class HyperNames:
             whole = dict(enumerate(defaults.get(name, ()))) | items
             stored[name] = tuple(whole[i] for i in sorted(whole))
         return stored
+
+
+@lru_cache(maxsize=64)
+def hyper_names(hp_map: tuple[tuple[str, str], ...], spread_all: bool = False) -> HyperNames:
+    """`HyperNames` of the items of a name map."""
+    return HyperNames(dict(hp_map), spread_all)
 
 
 def plain(value: Any, keep_tensor: bool = False) -> Any:

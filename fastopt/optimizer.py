@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from .base import _BaseOptimizer, outside_compile
+from .base import _BaseOptimizer, outside_compile, tensors_of
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, chain_needs, keywords, requested
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values
 from .state import ParamState
 from .state_dict import load_state_dict, make_state_dict
+from .watched import Watch, Watched
 
 StateDict = dict[str, Any]
 
@@ -78,7 +79,20 @@ class Optimizer(_BaseOptimizer):
         for name, value in self._names.hypers(group).items():
             self._check_hyper(name, value, len(self.param_groups))
         check_groups([*self.param_groups, group])
-        self.param_groups.append(group)
+        self.param_groups.append(Watched(self._watch, group))
+
+    @property
+    def _watch(self) -> Watch:
+        """Counts the changes of the groups."""
+        if "_watch_of_groups" not in self.__dict__:
+            self._watch_of_groups = Watch()
+        return self._watch_of_groups
+
+    def _watch_groups(self) -> None:
+        """Let all groups count their changes."""
+        for i, group in enumerate(self.param_groups):
+            if not isinstance(group, Watched) or group.watch is not self._watch:
+                self.param_groups[i] = Watched(self._watch, group)
 
     @property
     def needs(self) -> Needs:
@@ -106,7 +120,8 @@ class Optimizer(_BaseOptimizer):
             RuntimeError: no graph has captured a step, or this one runs other kernels (RAdam's first steps, Lookahead's
                 k-th, another group frozen).
         """
-        self.runner.prepare_replay(self.cbs, list(self._work()))
+        if not self._repeat(launch=False):
+            self.runner.prepare_replay(self.cbs, list(self._work()))
 
     @property
     def runner(self) -> Engine:
@@ -133,44 +148,65 @@ class Optimizer(_BaseOptimizer):
 
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = _evaluate(closure)
-        self.run(list(self._work()))
+        self._step_groups()
         return loss
+
+    @outside_compile
+    @torch.no_grad()
+    def _step_groups(self) -> None:
+        """Step everything that has a gradient and is not frozen."""
+        if not self._repeat(launch=True):
+            self.run(list(self._work()))
+            self.runner.expect(self.param_groups, cast(ParamState, self.state), list(self._idle()))
+
+    def _repeat(self, launch: bool) -> bool:
+        """Make a step that is like the last one, with kernels or without; tells whether it was made."""
+        state = cast(ParamState, self.state)
+        return self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, launch)
 
     def _work(self) -> Iterator[GroupWork]:
         """The groups with the parameters that step now."""
         for i, group in enumerate(self.param_groups):
-            stepping = None if self.is_frozen(i) else self.runner.members.last(i, group["params"], self.state)
-            if stepping is None:
-                params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
-                stepping = params, [self.state[p] for p in params]
-                self.runner.members.note(i, group["params"], self.state, *stepping)
-            if stepping[0]:
-                yield self.group_work(i, *stepping)
+            params = [p for p in group["params"] if getattr(p, "grad", None) is not None and self.steps_on(i, p)]
+            if params:
+                yield self.group_work(i, params, [self.state[p] for p in params])
+
+    def _idle(self) -> Iterator[Tensor]:
+        """The parameters that would step if they had gradients."""
+        for i, group in enumerate(self.param_groups):
+            yield from (p for p in tensors_of(group) if p.grad is None and self.steps_on(i, p))
 
     def group_work(self, i: int, params: list[Tensor], states: list[Any]) -> GroupWork:
         """The work of group `i` on `params` (its parameters or slices of them) with their live `states`."""
-        return GroupWork(i, self.param_groups[i], self.hypers_of(i), params, states)
+        return GroupWork(i, self.param_groups[i], self._hypers_to_run(i), params, states)
 
     @outside_compile
     @torch.no_grad()
     def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
         """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
-        self._warn_of_ignored_momentum(work)
         self.runner.run(self.cbs, work, reduce)
 
-    def _warn_of_ignored_momentum(self, work: list[GroupWork]) -> None:
+    def _hypers_to_run(self, i: int) -> dict[str, Any]:
+        """The hypers of group `i` for a step."""
+        hypers = self.hypers_of(i)
+        self._warn_of_ignored_momentum(hypers)
+        return hypers
+
+    def _warn_of_ignored_momentum(self, hypers: Mapping[str, Any]) -> None:
         """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""
-        if self._warned_momentum or "momentum" not in self.hp_map:
+        if self._warned_momentum or "momentum" not in self.hp_map or hypers.get("mom", 0) == 0:
             return
-        if any("mom" in keywords(cb) or hasattr(cb, "step_all") for cb in self.cbs):
-            return
-        if any(w.hypers.get("mom", 0) != 0 for w in work):
+        if not any("mom" in keywords(cb) or hasattr(cb, "step_all") for cb in self.cbs):
             self._warned_momentum = True
             warnings.warn(
                 f"{type(self).__name__} was built with mom=0, so its chain keeps no average of the gradient and the "
                 f"momentum that is set now has no effect: build it with a momentum other than 0",
-                stacklevel=5,
+                stacklevel=9,
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watch_groups()
 
     @outside_compile
     def state_dict(self) -> StateDict:

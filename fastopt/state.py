@@ -3,50 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from typing import Any, Self
+from typing import Any, Self, cast
+
+from .watched import Watch, Watched, settled
 
 #: Marks that a user sets on a parameter by `opt.state[p] = {...}`; they are no training state.
 FLAGS = frozenset({"force_train", "do_wd"})
-
-
-class _Unborn(dict[str, Any]):
-    """What reading `state[p]` of a parameter without state gives: an empty dict that enters `state` when written to."""
-
-    __slots__ = ("_owner", "_param")
-
-    def __init__(self, owner: ParamState, param: Any) -> None:
-        super().__init__()
-        self._owner, self._param = owner, param
-
-    def _enter(self) -> None:
-        if self._param not in self._owner:
-            self._owner[self._param] = self
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, value)
-        self._enter()
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update(*args, **kwargs)
-        if self:
-            self._enter()
-
-    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
-        self.update(other)
-        return self
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return dict, (dict(self),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
-        return {key: deepcopy(value, memo) for key, value in self.items()}
 
 
 class ParamState(defaultdict[Any, Any]):
@@ -55,42 +19,63 @@ class ParamState(defaultdict[Any, Any]):
     Unlike a plain `defaultdict`, looking up a parameter without state leaves no entry behind: the dict that is handed
     out enters the mapping when it is written to. An optimizer with nothing but the marks `force_train` and `do_wd` in
     its state is false in a condition, because PyTorch's checkpoint helpers ask `if optim.state:` for training state.
+
+    The dicts that are handed out are watched: `changes` counts what is written to them and to the mapping. Numbers
+    that every step changes (`step`) may be deferred: they are written when an entry is read, not in every step.
     """
 
     def __init__(self, entries: Mapping[Any, dict[str, Any]] | Iterable[tuple[Any, dict[str, Any]]] = ()) -> None:
         super().__init__(dict)
-        self._unborn: dict[Any, _Unborn] = {}
-        #: Counts the changes of which parameter has which dict; changes inside a dict do not count.
-        self.version = 0
+        self._unborn: dict[Any, Entry] = {}
+        #: Counts the changes of the entries and of which parameter has which.
+        self.changes = 0
+        self._deferred: dict[Any, Callable[[], None]] = {}
         self.update(entries)
 
+    @classmethod
+    def of(cls, entries: Iterable[tuple[Any, Mapping[str, Any]]]) -> Self:
+        """A state with copies of `entries`."""
+        state = cls()
+        for p, entry in entries:
+            state[p].update(entry)
+        return state
+
+    def defer(self, key: Any, write: Callable[[], None]) -> None:
+        """Call `write` before an entry is read or written the next time, instead of what was deferred under `key`."""
+        self._deferred[key] = write
+
+    def settle(self) -> None:
+        """Write what was deferred."""
+        while self._deferred:
+            self._deferred.popitem()[1]()
+
     def __missing__(self, param: Any) -> dict[str, Any]:
-        return self._unborn.setdefault(param, _Unborn(self, param))
+        return self._unborn.setdefault(param, Entry(self, param))
 
     def __setitem__(self, param: Any, entry: dict[str, Any]) -> None:
         super().__setitem__(param, entry)
-        if self._unborn.pop(param, None) is not entry:
-            self.version += 1
+        self._unborn.pop(param, None)
+        self.changes += 1
 
     def __delitem__(self, param: Any) -> None:
         super().__delitem__(param)
-        self.version += 1
+        self.changes += 1
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         super().update(*args, **kwargs)
-        self.version += 1
+        self.changes += 1
 
     def pop(self, *args: Any) -> Any:
-        self.version += 1
+        self.changes += 1
         return super().pop(*args)
 
     def popitem(self) -> tuple[Any, Any]:
-        self.version += 1
+        self.changes += 1
         return super().popitem()
 
     def clear(self) -> None:
         super().clear()
-        self.version += 1
+        self.changes += 1
 
     def __bool__(self) -> bool:
         return any(entry.keys() - FLAGS for entry in self.values())
@@ -101,8 +86,46 @@ class ParamState(defaultdict[Any, Any]):
 
     __copy__ = copy
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self).of((deepcopy(p, memo), deepcopy(entry, memo)) for p, entry in self.items())
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParamState, (), None, None, iter([(p, entry) for p, entry in self.items() if entry])
+        return ParamState.of, ([(p, dict(entry)) for p, entry in self.items() if entry],)
+
+
+class Entry(Watched):
+    """The state of one parameter. One that was only read is not in the mapping; it enters it when it is written to."""
+
+    __slots__ = ("_param",)
+
+    def __init__(self, owner: ParamState, param: Any) -> None:
+        super().__init__(cast(Watch, owner))
+        self._param = param
+
+    @property
+    def owner(self) -> ParamState:
+        """The mapping."""
+        return cast(ParamState, self.watch)
+
+    def _before(self) -> None:
+        self.owner.settle()
+
+    def _after(self) -> None:
+        owner = self.owner
+        if self and self._param not in owner:
+            owner[self._param] = self
+        owner.changes += 1
+
+
+def _settle(entry: Entry) -> None:
+    entry.owner.settle()
+
+
+# Whatever reads a value; the iterator is among them because C code copies a dict with an iterator of its own this way.
+for _name in (
+    "__getitem__", "__iter__", "__eq__", "__ne__", "__or__", "__ror__", "__repr__", "get", "items", "values", "copy"
+):  # fmt: skip
+    setattr(Entry, _name, settled(getattr(dict, _name), _settle))
 
 
 def flags_of(entry: Mapping[str, Any]) -> dict[str, Any]:

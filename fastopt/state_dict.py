@@ -64,6 +64,7 @@ def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     opt._check_freezable(changed)
     _keep_lr_tensors(opt.param_groups, groups)
     opt.state, opt.param_groups = state, groups
+    opt._watch_groups()
     for i in changed:
         opt._freeze_group(i, groups[i].get("frozen", False))
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
@@ -121,7 +122,7 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
     where = {id(p): f"params[{j}] of group {i}" for i, j, p in members}
     group_of = {id(p): opt.param_groups[i] for i, _, p in members}
     shaped = {name for cb in opt.cbs for name in attribute(cb, "like_param", ())}
-    state = ParamState([(p, marks) for p, entry in opt.state.items() if (marks := flags_of(entry))])
+    state = ParamState.of((p, marks) for p, entry in opt.state.items() if (marks := flags_of(entry)))
     if not isinstance(saved, Mapping):
         raise ValueError(f"'state' of a state dict is a dict by parameter, here it is a {type(saved).__name__}")
     for id_, entry in saved.items():

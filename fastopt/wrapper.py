@@ -15,7 +15,7 @@ from .around import AroundChain
 from .cbs import LOOKAHEAD_STATES
 from .engine import GroupWork
 from .groups import check_groups, collect_groups
-from .hypers import Group, HyperNames, group_values, pytorch_hp_map
+from .hypers import Group, HyperNames, group_values, hyper_names, pytorch_hp_map
 from .optimizer import _evaluate
 from .state import FLAGS, ParamState
 
@@ -125,7 +125,7 @@ class OptimWrapper(AroundChain):
 
     @property
     def _names(self) -> HyperNames:
-        return HyperNames(self.hp_map, spread_all=True)
+        return hyper_names(tuple(self.hp_map.items()), spread_all=True)
 
     def _per_group(self, k: str, v: Any) -> dict[str, list[Any]]:
         """As everywhere; a hyper that the torch optimizer lacks is ignored with one warning."""

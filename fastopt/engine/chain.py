@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .columns import ColumnEvaluate
 from .describe import cb_name, required
 from .numbers import Evaluate, Number
 from .program import Output, Program, pruned
@@ -37,11 +38,13 @@ class Recorded:
     Attributes:
         program: what happens to the tensors.
         evaluate: (hypers, state) -> (row of scalars, new Python entries of the state); None where it does not apply.
+        evaluate_columns: the same for columns of hypers and state, see `columns`.
         created: the states that this step creates, in order.
     """
 
     program: Program
     evaluate: Evaluate
+    evaluate_columns: ColumnEvaluate
     created: tuple[str, ...]
 
 
@@ -175,8 +178,13 @@ class Chain:
             recorder.nodes, [o for o in outputs if o is not None], [recorder.tape.text(x) for x in recorder.slots]
         )
         program = self._programs.setdefault(program, program)
-        evaluate = recorder.tape.evaluator([recorder.slots[i] for i in slots], numbers)
-        return Recorded(program, evaluate, tuple(key for key in now if key not in before))
+        values = [recorder.slots[i] for i in slots]
+        return Recorded(
+            program,
+            recorder.tape.evaluator(values, numbers),
+            recorder.tape.column_evaluator(values, numbers),
+            tuple(key for key in now if key not in before),
+        )
 
 
 def _row(recorded: Recorded, values: tuple[Any, ...], states: dict[str, Any]) -> Row:
@@ -273,6 +281,8 @@ def kind_of(p: Tensor, state: Mapping[str, Any]) -> Kind:
         raise NotRecordable(f"a parameter is {p.dtype} with a gradient of {grad.dtype}")
     if grad.layout is not torch.strided or p.layout is not torch.strided:
         raise NotRecordable("a gradient is sparse")
+    if grad.is_neg() or p.is_neg():
+        raise NotRecordable("a gradient is a view that stands for its negative")
     if grad.shape != p.shape or grad.device != p.device:
         raise NotRecordable("a gradient differs from its parameter in shape or device")
     return (p.dtype, grad.dtype, p.device, p.ndim == 0, *((k, _state_kind(p, k, v)) for k, v in state.items()))

@@ -66,15 +66,9 @@ class _LoopRun(CohortRun):
         self.tables: _Tables = cohort.kept
         self.loops = _loops_of(self.program)
         real = np.float32 if dtype_of(self.program) == torch.float32 else np.float64
-        rows = np.array([tuple(row) for row in cohort.rows], np.float64).reshape(len(cohort.rows), -1)
-        self.row_scalars = np.ascontiguousarray(rows.T.astype(real))
+        self.row_scalars = np.ascontiguousarray(cohort.scalars().astype(real))
         self.real = real
-        self.addresses = np.stack([self._addresses(place) for place in self.loops.places])
-
-    def _addresses(self, place: str) -> NDArray[np.int64]:
-        known = self.cohort.addresses.get(place)
-        found = known or list(map(Tensor.data_ptr, self.cohort.tensors(place)))
-        return np.array(found, np.int64)
+        self.addresses = np.stack([cohort.addresses(place) for place in self.loops.places])
 
     def pass_over(self, k: int) -> list[Tensor]:
         """Make pass `k` over all parameters. Returns the partial reductions, parameter by parameter."""

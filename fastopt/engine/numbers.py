@@ -13,6 +13,8 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
+from .columns import SCOPE, ColumnEvaluate
+
 #: How the generated function computes each operation.
 _FORMS = {
     "+": "{0} + {1}",
@@ -31,6 +33,13 @@ _FORMS = {
     "==": "{0} == {1}",
     "!=": "{0} != {1}",
     "bool": "bool({0})",
+}
+#: The same over columns of numbers, where it differs.
+_COLUMN_FORMS = {
+    "//": "each_floordiv({0}, {1})",
+    "%": "each_mod({0}, {1})",
+    "**": "each_pow({0}, {1})",
+    "bool": "({0} != 0)",
 }
 #: What an operation gives now.
 _COMPUTE: dict[str, Callable[..., Any]] = {
@@ -67,6 +76,7 @@ class Tape:
     def __init__(self, refuse: Callable[[str], NoReturn]) -> None:
         self.refuse = refuse
         self._lines: list[str] = []
+        self._column_lines: list[str] = []
         self._texts: list[str] = []
         self._known: dict[str, int] = {}
         self._values: list[Any] = []
@@ -90,19 +100,23 @@ class Tape:
         value = _COMPUTE[op](*(_value(x) for x in operands))
         source = _FORMS[op].format(*(self._name(x) for x in operands))
         text = _FORMS[op].format(*(self.text(x) for x in operands))
-        return self._number(source, f"({text})" if len(operands) > 1 else text, value)
+        by_column = _column_form(op).format(*(self._name(x) for x in operands))
+        return self._number(source, f"({text})" if len(operands) > 1 else text, value, by_column)
 
     def decide(self, op: str, *operands: Any) -> bool:
         """The truth of `op(*operands)`, which must come out the same whenever this recording is used."""
         outcome = bool(_COMPUTE[op](*(_value(x) for x in operands)))
-        condition = _FORMS[op].format(*(self._name(x) for x in operands))
-        self._guard(f"if {'not ' if outcome else ''}({condition}): return None")
+        names = [self._name(x) for x in operands]
+        self._guard(
+            f"if {'not ' if outcome else ''}({_FORMS[op].format(*names)}): return None",
+            f"if {'not all_' if outcome else 'any_'}({_column_form(op).format(*names)}): return None",
+        )
         return outcome
 
     def fix(self, number: Number) -> Plain:
         """The value of `number`, which must be the same whenever this recording is used."""
         name, constant = self._name(number), self.constant(number.value)
-        self._guard(f"if {name} != {constant}: return None")
+        self._guard(f"if {name} != {constant}: return None", f"if any_({name} != {constant}): return None")
         return number.value
 
     def text(self, operand: Any) -> str:
@@ -111,27 +125,42 @@ class Tape:
 
     def evaluator(self, values: Sequence[Any], states: Mapping[str, Any]) -> Evaluate:
         """A function that computes `values` and `states`, which are numbers of this tape or plain ones."""
+        return cast(Evaluate, self._function(self._lines, values, states, {}))
+
+    def column_evaluator(self, values: Sequence[Any], states: Mapping[str, Any]) -> ColumnEvaluate:
+        """The same for columns of numbers."""
+        return cast(ColumnEvaluate, self._function(self._column_lines, values, states, SCOPE))
+
+    def _function(
+        self, lines: Sequence[str], values: Sequence[Any], states: Mapping[str, Any], scope: Mapping[str, Any]
+    ) -> Any:
         row = "".join(f"{self._name(x)}, " for x in values)
         new = ", ".join(f"{key!r}: {self._name(x)}" for key, x in states.items())
-        body = "\n    ".join([*self._lines, f"return ({row}), {{{new}}}"])
-        scope = dict(self._constants)
-        exec(f"def evaluate(hypers, state):\n    {body}", scope)
-        return cast(Evaluate, scope["evaluate"])
+        body = "\n    ".join([*lines, f"return ({row}), {{{new}}}"])
+        known = {**scope, **self._constants}
+        exec(f"def evaluate(hypers, state):\n    {body}", known)
+        return known["evaluate"]
 
-    def _number(self, source: str, text: str, value: Plain) -> Number:
+    def _number(self, source: str, text: str, value: Plain, by_column: str | None = None) -> Number:
         index = self._known.get(source)
         if index is None:
             index = self._known[source] = len(self._texts)
             self._lines.append(f"x{index} = {source}")
+            self._column_lines.append(f"x{index} = {by_column or source}")
             self._texts.append(text)
         return Number(self, index, value)
 
-    def _guard(self, line: str) -> None:
+    def _guard(self, line: str, by_column: str) -> None:
         if line not in self._lines:
             self._lines.append(line)
+            self._column_lines.append(by_column)
 
     def _name(self, operand: Any) -> str:
         return f"x{operand.index}" if _is_number(operand) else self.constant(operand)
+
+
+def _column_form(op: str) -> str:
+    return _COLUMN_FORMS.get(op, _FORMS[op])
 
 
 def _is_number(x: Any) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .chain import GRAD, PARAM, Chain, Row, hypers_kind, kind_of
+from .look import Looked
 from .program import Program
 from .recorder import NotRecordable
 from .work import GroupWork
@@ -27,7 +28,9 @@ class Cohort:
         hypers: of the group of each row.
         groups: the index of the group of each row.
         fresh: for each place that the step creates, the new tensors; empty until `make_fresh`.
-        addresses: where the tensors of each place lie, if that was looked up already.
+        table: the scalars `[n_slots, n_rows]`, instead of those in `rows`, where they were computed by columns.
+        looked: where its tensors lie, where that is looked at in every step.
+        storing: what stores the numbers of the states after a step, instead of `store`.
         split: whether only some of the parameters could go through the kernels.
         kept: what the executor keeps about this cohort from step to step.
     """
@@ -41,7 +44,9 @@ class Cohort:
         self.hypers: list[dict[str, Any]] = []
         self.groups: list[int] = []
         self.fresh: dict[str, list[Tensor]] = {}
-        self.addresses: dict[str, list[int]] = {}
+        self.table: NDArray[np.float64] | None = None
+        self.looked: Looked | None = None
+        self.storing: Callable[[], None] | None = None
         self.split = False
         self.kept: Any = None
         self._firsts: list[int] | None = None
@@ -64,6 +69,19 @@ class Cohort:
         cohort.row_index = [self.row_index[i] for i in indices]
         cohort.fresh = {place: [made[i] for i in indices] for place, made in self.fresh.items()}
         return cohort
+
+    def scalars(self) -> NDArray[np.float64]:
+        """The rows of scalars as `[n_slots, n_rows]`."""
+        if self.table is not None:
+            return self.table
+        return np.array([tuple(row) for row in self.rows], np.float64).reshape(len(self.rows), -1).T
+
+    def addresses(self, place: str) -> NDArray[np.int64]:
+        """Where the tensors at a place of the program lie, one per parameter."""
+        known = self.looked.at(place) if self.looked is not None else None
+        if known is not None:
+            return known
+        return np.fromiter(map(Tensor.data_ptr, self.tensors(place)), np.int64, len(self.params))
 
     def row_of(self, i: int) -> Row:
         """The scalars of parameter `i`."""
@@ -124,9 +142,8 @@ class Cohort:
 
     def store(self) -> None:
         """Put new tensors and numbers into the states, in the order in which the cbs return them."""
-        if len(self.rows) == 1 and not self.rows[0].recorded.created:  # every entry is there: this is faster
-            for key, value in self.rows[0].states.items():
-                deque(map(dict.__setitem__, self.states, repeat(key), repeat(value)), maxlen=0)
+        if self.storing is not None:
+            self.storing()
             return
         if not self.fresh:
             for state, k in zip(self.states, self.row_index, strict=True):

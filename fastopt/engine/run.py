@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..hypers import Group
+from ..state import ParamState
+from ..watched import watch_of
 from .blocks import run_blocks
 from .chain import Chain
 from .choice import Choice, requested
@@ -14,7 +18,7 @@ from .eager import run_eager
 from .numba_run import can_run, numba_is_there, run_numba
 from .plan import Cohort, make_cohorts
 from .program import Program
-from .steady import Members, Steady
+from .steady import Steady, Whole
 from .triton_run import TritonRuns, interpreted, triton_is_there
 from .work import GroupWork, Reduce
 
@@ -36,7 +40,7 @@ class Engine:
         self._used: dict[int, str] = {}
         self._triton: dict[torch.device, TritonRuns] = {}
         self._steady: Steady | None = None
-        self.members = Members()
+        self._whole: Whole | None = None
 
     def run(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None = None) -> None:
         """Run the chain on all of the work, in place; the arguments are those of `run_eager`."""
@@ -60,13 +64,11 @@ class Engine:
             self._note(work, "eager", reason)
             return
         chain = self._chain_of(cbs)
-        again = self._steady.cohorts(work, self.members) if self._steady is not None else None
-        if again is not None and self._steady is not None:
+        again = self._steady.cohorts() if self._steady is not None and self._steady.fits(work) else None
+        if again is not None:
             self._execute(again, name, reduce, launch)
-            self._steady.after()
             return
-        self._steady = None
-        self.members.grads.clear()
+        self._steady = self._whole = None
         cohorts, refused = make_cohorts(chain, work)
         _only_kernels_replay(launch or not refused)
         if name is None and _better_as_it_is(cohorts):
@@ -78,14 +80,66 @@ class Engine:
             run_eager(cbs, work, reduce)  # in full, so that all processes make the same calls of `reduce`
             self._note(work, "eager", why)
             return
-        self._execute(cohorts, name, reduce, launch)
+        ran = self._execute(cohorts, name, reduce, launch)
+        self._used |= {index: executor for executor, part in ran for cohort in part for index in cohort.groups}
         if refused:  # all of the work where nothing was recorded, for a cb may step on everything at once
             run_eager(cbs, [group for group, _ in refused] if cohorts else work, reduce)
         self._note(work, None, reason, refused)
         if not refused:
-            self._steady = Steady(work, cohorts)
+            self._steady = Steady(work, cohorts, set(self._used.values()) == {"triton"})
+            if not self._steady.reusable:
+                self._steady = None
 
-    def _execute(self, cohorts: list[Cohort], name: str | None, reduce: Reduce | None, launch: bool) -> None:
+    def repeat(
+        self,
+        cbs: Sequence[Callable[..., Any]],
+        groups: Sequence[Group],
+        state: ParamState,
+        hypers_of: Callable[[int], dict[str, Any]],
+        launch: bool = True,
+    ) -> bool:
+        """Make a step of a whole optimizer if it is like the last one; tells whether it was made.
+
+        Args:
+            cbs: the chain.
+            groups, state: of the optimizer, as in `expect`.
+            hypers_of: the hypers of a group, by its index.
+            launch: as for `TritonRuns.run`.
+        """
+        whole, name = self._whole, requested(self.name)[0]
+        if whole is None or name == "eager" or not whole.holds(groups, state):
+            return False
+        self._chain_of(cbs)
+        steady = self._steady
+        if steady is None:
+            return False
+        if whole.hypers_changed() and not steady.set_hypers({i: hypers_of(i) for i in steady.stepping()}):
+            return False
+        whole.take_hypers()
+        cohorts = steady.cohorts()
+        if cohorts is None:
+            return False
+        self._execute(cohorts, name, None, launch)
+        return True
+
+    def expect(self, groups: Sequence[Group], state: ParamState, idle: list[Tensor]) -> None:
+        """Note that the last step was one of a whole optimizer, so that `repeat` can make the next.
+
+        Args:
+            groups: all of the optimizer.
+            state: of all parameters.
+            idle: the parameters of groups that are not frozen that did not step.
+        """
+        watch = watch_of(groups)
+        plain = all(_is_plain(key, value) for group in groups for key, value in group.items())
+        if self._steady is not None and watch is not None and plain:
+            self._whole = Whole(groups, watch, state, idle)
+
+    def _execute(
+        self, cohorts: list[Cohort], name: str | None, reduce: Reduce | None, launch: bool
+    ) -> list[tuple[str, list[Cohort]]]:
+        """Let the executor of each device run its cohorts. Returns which one ran which."""
+        used: list[tuple[str, list[Cohort]]] = []
         for device, part in _by_device(cohorts).items():
             executor = executor_of(part, name)
             if executor == "triton":
@@ -93,7 +147,8 @@ class Engine:
             else:
                 _only_kernels_replay(launch)
                 (run_numba if executor == "numba" else run_blocks)(part, reduce)
-            self._used |= {index: executor for cohort in part for index in cohort.groups}
+            used.append((executor, part))
+        return used
 
     def programs(self) -> tuple[Program, ...]:
         """The programs that the chain has been recorded as."""
@@ -141,6 +196,11 @@ class Engine:
                 self._ran[group.index] = Choice(group.index, executor, reason)
             else:
                 self._ran[group.index] = _choice(group.index, why.get(group.index), reason, self._used)
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of a group changes only by being replaced; its list of parameters is looked through."""
+    return key in ("params", "param_names") or isinstance(value, bool | int | float | str | None | tuple)
 
 
 def _only_kernels_replay(possible: bool) -> None:

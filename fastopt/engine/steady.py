@@ -1,30 +1,32 @@
 """Steps like the last one: the same tensors in the same cohorts, only with other numbers.
 
 Sorting the parameters of a step into cohorts looks at every parameter and its state. Nearly always nothing has changed
-since the last step but numbers and gradients, and this is noticed in a few passes over lists that run in C. Whatever
-could make a difference is looked at in every step: that a list has the same parameters, a parameter the same memory,
-a state the same entries with the same tensors and the numbers that the last step left there.
+since the last step but numbers and gradients. That is noticed from counters of changes (groups and states count
+theirs, see `watched`) and by looking at where each tensor lies (see `look`); a state that counts nothing is looked
+through entry by entry.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from itertools import repeat
-from operator import attrgetter, call, is_, itemgetter
+from operator import is_, itemgetter
 from typing import Any
-from weakref import ref
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from .chain import GRAD, PARAM, Kind, Row, hypers_kind
+from ..state import Entry, ParamState
+from ..watched import Watch, watch_of
+from .chain import Kind, Row, hypers_kind
+from .columns import NoColumn, columns, evaluate_columns, row_of
+from .look import Looked, grads_of, same_members
 from .plan import Cohort
 from .recorder import NotRecordable
 from .work import GroupWork
 
-grads_of = attrgetter("grad")
 _GroupKind = tuple[list[str], list[type], Kind | None]
-_PLAIN = {Tensor, torch.nn.Parameter}
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -32,195 +34,238 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return a is b or (len(a) == len(b) and all(map(is_, a, b)))
 
 
-class Members:
-    """The parameters of each group that stepped last, with their states, where that was all of the group.
+class SteadyCohort:
+    """What one cohort looked like after its last step.
 
-    The state is asked for its `version`, which changes when another dict becomes the state of a parameter.
+    Args:
+        cohort: as it has stepped.
+        by_column: compute the scalars of many rows by columns, for an executor that takes `cohort.table`.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[list[Any], Any, int, list[Any]]] = {}
-        #: For each group looked at in this step: its list of parameters, their gradients, and where these lie.
-        self.grads: dict[int, tuple[list[Any], list[Tensor], list[int]]] = {}
-
-    def last(self, i: int, params: Sequence[Any], state: Any) -> tuple[list[Any], list[Any]] | None:
-        """The parameters of group `i`, which are `params`, and their states; None if that has to be looked up."""
-        known = self._known.get(i)
-        if known is None or known[1] is not state or known[2] != state.version or not same(params, known[0]):
-            return None
-        grads = list(map(grads_of, known[0]))
-        try:
-            self.grads[i] = known[0], grads, list(map(Tensor.data_ptr, grads))
-        except (TypeError, RuntimeError):  # a gradient is missing, or has no address
-            return None
-        return known[0], known[3]
-
-    def take_grads(self, work: Sequence[GroupWork]) -> tuple[list[Tensor], list[int]] | None:
-        """The gradients of all the work, and where they lie, if `last` has just looked at them."""
-        found = [self.grads.pop(group.index, None) for group in work]
-        grads: list[Tensor] = []
-        addresses: list[int] = []
-        for group, known in zip(work, found, strict=True):
-            if known is None or known[0] is not group.params:
-                return None
-            grads += known[1]
-            addresses += known[2]
-        return grads, addresses
-
-    def note(self, i: int, params: Sequence[Any], state: Any, stepping: list[Any], states: list[Any]) -> None:
-        """What was looked up for group `i`."""
-        if hasattr(state, "version") and same(params, stepping):
-            self._known[i] = stepping, state, state.version, states
-        else:
-            self._known.pop(i, None)
-
-
-class SteadyCohort:
-    """What one cohort looked like after its last step."""
-
-    def __init__(self, cohort: Cohort, groups: Sequence[int]) -> None:
-        self.cohort = cohort
-        self.group_of_row = groups
-        # weak, because gradients that are dropped after the step must free their memory
-        grads = list(map(grads_of, cohort.params))
-        self.grads = list(map(ref, grads))
-        self.grad_dtype = grads[0].dtype
-        same_kinds = len(set(map(tuple, cohort.states))) == len(set(map(attrgetter("dtype"), grads))) == 1
-        self.usable = same_kinds and _numbers_stay_numbers(cohort)
+    def __init__(self, cohort: Cohort, by_column: bool) -> None:
+        self.cohort, self.by_column = cohort, by_column
+        states = cohort.states
+        self.usable = len(set(map(tuple, states))) == 1 and _only_numbers(row.states for row in cohort.rows)
         if not self.usable:
             return
-        self.entries = len(cohort.states[0])
-        self.tensors = {key: list(map(itemgetter(key), cohort.states)) for key in self._keys(tensors=True)}
-        self.numbers = {key: list(map(itemgetter(key), cohort.states)) for key in self._keys(tensors=False)}
-        cohort.addresses = self._look(list(map(Tensor.data_ptr, grads)))
+        self.entries = len(states[0])
+        keys = list(states[0])
+        whole = [key for key in keys if isinstance(states[0][key], Tensor)]
+        self.tensors = {key: list(map(itemgetter(key), states)) for key in whole}
+        self.numbers = [
+            {key: states[i][key] for key in keys if key not in whole} for i in cohort.first_of_row()
+        ]  # of each row
+        self.hypers = list(cohort.hypers)
+        self._columns: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._next: Any = None
+        self.owner: ParamState | None = watch_of(states, Entry)  # type: ignore[assignment]
+        self._changes = self.owner.changes if self.owner is not None else 0
+        cohort.looked = Looked(cohort.params, {f"state {key}": found for key, found in self.tensors.items()})
+        cohort.storing = self._store
 
-    def _keys(self, tensors: bool) -> list[str]:
-        return [key for key, value in self.cohort.states[0].items() if isinstance(value, Tensor) == tensors]
+    def unchanged(self) -> bool:
+        """Whether the parameters, states and gradients are those of the last step, gradients perhaps elsewhere."""
+        if self.owner is not None:
+            if self.owner.changes != self._changes:
+                return False
+        elif not self._same_entries():
+            return False
+        assert self.cohort.looked is not None
+        return self.cohort.looked.again()
 
-    def _look(self, at_grads: list[int]) -> dict[str, list[int]]:
-        """Where every tensor lies now, by place; the gradients lie at `at_grads`."""
-        where = {PARAM: list(map(Tensor.data_ptr, self.cohort.params)), GRAD: at_grads}
-        return where | {f"state {key}": list(map(Tensor.data_ptr, x)) for key, x in self.tensors.items()}
-
-    def unchanged(self, looked: tuple[list[Tensor], list[int]] | None = None) -> bool:
-        """Whether the parameters, states and gradients are those of the last step, gradients perhaps elsewhere.
-
-        Args:
-            looked: the gradients and where they lie, if that is known.
-        """
-        states, cohort = self.cohort.states, self.cohort
+    def _same_entries(self) -> bool:
+        """Whether every state has the entries that the last step left, looked at one by one."""
+        states, row_index = self.cohort.states, self.cohort.row_index
         try:
             if set(map(len, states)) != {self.entries}:
                 return False
             for key, tensors in self.tensors.items():
                 if not all(map(is_, map(itemgetter(key), states), tensors)):
                     return False
-            for key, numbers in self.numbers.items():
-                if list(map(itemgetter(key), states)) != numbers:
+            for key in self.numbers[0]:
+                values = [numbers[key] for numbers in self.numbers]
+                expected = values * len(states) if len(values) == 1 else [values[k] for k in row_index]
+                if list(map(itemgetter(key), states)) != expected:
                     return False
-            if looked is None:
-                grads = list(map(grads_of, cohort.params))
-                looked = grads, list(map(Tensor.data_ptr, grads))
-            grads, at_grads = looked
-            same_grads = all(map(is_, grads, map(call, self.grads)))
-            if not same_grads:
-                if not _alike(grads, cohort, self.grad_dtype):
-                    return False
-                self.grads = list(map(ref, grads))
-            now = self._look(at_grads)
-        except (KeyError, TypeError):  # a state or a gradient is gone
+        except KeyError:
             return False
-        for place, addresses in now.items():
-            if addresses != cohort.addresses[place] and (place != GRAD or same_grads):
-                return False
-        cohort.addresses = now
         return True
 
-    def renew(self, works: Mapping[int, GroupWork]) -> bool:
-        """Compute the rows of scalars for the numbers of this step; False where another recording is needed."""
-        rows, hypers = [], []
-        for old, group, first in zip(self.cohort.rows, self.group_of_row, self.cohort.first_of_row(), strict=True):
-            values = old.recorded.evaluate(works[group].hypers, self.cohort.states[first])
+    def set_hypers(self, hypers: Mapping[int, dict[str, Any]]) -> None:
+        """Take other values of the hypers, by group."""
+        now = [hypers[group] for group in self.cohort.groups]
+        if all(all(map(is_, a.values(), b.values())) for a, b in zip(now, self.hypers, strict=True)):
+            return
+        self._leave_columns()
+        self.hypers = self.cohort.hypers = now
+
+    def renew(self) -> bool:
+        """Compute the scalars for the numbers of this step; False where another recording is needed."""
+        if self.by_column and len(self.cohort.rows) > 1 and self._renew_columns():
+            return True
+        self._leave_columns()
+        rows = []
+        for old, hypers, numbers in zip(self.cohort.rows, self.hypers, self.numbers, strict=True):
+            values = old.recorded.evaluate(hypers, numbers)
             if values is None:
                 return False
             row = Row(values[0])
             row.recorded, row.states = old.recorded, values[1]
             rows.append(row)
-            hypers.append(works[group].hypers)
-        self.cohort.rows, self.cohort.hypers = rows, hypers
+        if not _only_numbers(row.states for row in rows):
+            return False
+        self.cohort.rows, self.cohort.table = rows, None
         return True
 
-    def after(self) -> None:
-        """Note the numbers that the step has left in the states."""
-        cohort = self.cohort
-        self.usable = _numbers_stay_numbers(cohort)
-        for key in self.numbers:
-            if key in cohort.rows[0].states:
-                values = [row.states[key] for row in cohort.rows]
-                one = len(values) == 1
-                self.usable = self.usable and set(map(type, values)) == set(map(type, self.numbers[key]))
-                self.numbers[key] = values * len(cohort.params) if one else [values[k] for k in cohort.row_index]
+    def _renew_columns(self) -> bool:
+        recorded = self.cohort.rows[0].recorded
+        if self._columns is None:
+            if any(row.recorded is not recorded for row in self.cohort.rows):
+                return False
+            try:
+                self._columns = columns(self.hypers), columns(self.numbers)
+            except (NoColumn, KeyError):
+                return False
+        found = evaluate_columns(recorded.evaluate_columns, *self._columns, len(self.hypers))
+        if found is None:
+            return False
+        self.cohort.table, self._next = found
+        return True
+
+    def _leave_columns(self) -> None:
+        """Keep the numbers row by row again."""
+        if self._columns is not None:
+            numbers = self._columns[1]
+            self.numbers = [{key: row_of(x, k) for key, x in numbers.items()} for k in range(len(self.numbers))]
+            self._columns = None
+
+    def _store(self) -> None:
+        """Note the numbers that the step leaves, and let them be written into the states when those are read."""
+        if self.cohort.table is not None and self._columns is not None:
+            self._columns = self._columns[0], {**self._columns[1], **self._next}
+        else:
+            self.numbers = [{**old, **row.states} for old, row in zip(self.numbers, self.cohort.rows, strict=True)]
+        if self.owner is None:
+            self._write()
+        else:
+            self.owner.defer(self.cohort, self._write)
+
+    def _write(self) -> None:
+        """Write the numbers into the states."""
+        states, row_index = self.cohort.states, self.cohort.row_index
+        for key in self.cohort.rows[0].states:
+            if self._columns is not None:
+                values = self._columns[1][key]
+                values = values.tolist() if isinstance(values, np.ndarray) else [values]
+            else:
+                values = [numbers[key] for numbers in self.numbers]
+            each = repeat(values[0]) if len(values) == 1 else [values[k] for k in row_index]
+            deque(map(dict.__setitem__, states, repeat(key), each), maxlen=0)
 
 
-def _numbers_stay_numbers(cohort: Cohort) -> bool:
-    """Whether the step has put nothing but ints and floats into the states beside tensors: a bool, a string or None
-    is part of the kind of a parameter, and so is the type of a number."""
-    return all(type(value) in (int, float) for row in cohort.rows for value in row.states.values())
-
-
-def _alike(grads: Sequence[Tensor], cohort: Cohort, dtype: torch.dtype) -> bool:
-    """Whether new gradients are of the same kind as the last ones: ordinary, contiguous tensors of the same dtype."""
-    return (
-        set(map(type, grads)) <= _PLAIN
-        and all(map(is_, map(attrgetter("dtype"), grads), repeat(dtype)))
-        and all(map(is_, map(attrgetter("layout"), grads), repeat(torch.strided)))
-        and all(map(Tensor.is_contiguous, grads))
-        and all(map(Tensor.is_contiguous, cohort.params))
-    )
+def _only_numbers(states: Any) -> bool:
+    """Whether a step puts nothing but ints and floats into the states beside tensors: a bool, a string or None is part
+    of the kind of a parameter."""
+    return all(type(value) in (int, float) for state in states for value in state.values())
 
 
 class Steady:
     """The cohorts of the last step, to be used again if this step is like it.
 
     Made after a step in which everything was recorded.
+
+    Args:
+        work: the work of that step.
+        cohorts: made of it.
+        by_column: as for `SteadyCohort`.
     """
 
-    def __init__(self, work: Sequence[GroupWork], cohorts: Sequence[Cohort]) -> None:
-        self.reusable = not any(cohort.split or row.recorded.created for cohort in cohorts for row in cohort.rows)
+    def __init__(self, work: Sequence[GroupWork], cohorts: Sequence[Cohort], by_column: bool) -> None:
+        self.reusable = not any(
+            cohort.split or any(out.fresh for out in cohort.program.outputs) or row.recorded.created
+            for cohort in cohorts
+            for row in cohort.rows
+        )
         if not self.reusable:
             return
         self._members = [(group.index, group.params, group.states) for group in work]
-        self._kinds = [_kind(group) for group in work]
-        self._cohorts = [SteadyCohort(cohort, cohort.groups) for cohort in cohorts]
+        self._kinds = {group.index: _kind(group.hypers) for group in work}
+        self.steady = [SteadyCohort(cohort, by_column) for cohort in cohorts]
+        self.reusable = all(each.usable for each in self.steady)
 
-    def cohorts(self, work: Sequence[GroupWork], members: Members) -> list[Cohort] | None:
-        """The cohorts with the numbers of this step, None if it differs from the last one in more than numbers."""
-        if not self.reusable or len(work) != len(self._members):
-            return None
-        for group, (index, params, states), kind in zip(work, self._members, self._kinds, strict=True):
+    def fits(self, work: Sequence[GroupWork]) -> bool:
+        """Whether this is the work of the last step but for numbers; takes over its hypers."""
+        if len(work) != len(self._members):
+            return False
+        for group, (index, params, states) in zip(work, self._members, strict=True):
             if group.index != index or not same(group.params, params) or not same(group.states, states):
-                return None
-            if not _same_kind(group.hypers, kind):
-                return None
-        works = {group.index: group for group in work}
-        # one cohort has the parameters of all groups in their order
-        looked = members.take_grads(work) if len(self._cohorts) == 1 else None
-        if all(known.usable and known.unchanged(looked) for known in self._cohorts) and all(
-            known.renew(works) for known in self._cohorts
-        ):
-            return [known.cohort for known in self._cohorts]
+                return False
+        return self.set_hypers({group.index: group.hypers for group in work})
+
+    def set_hypers(self, hypers: Mapping[int, dict[str, Any]]) -> bool:
+        """Take other values of the hypers, by group; False if they differ in more than numbers."""
+        if any(not _same_kind(hypers[i], kind) for i, kind in self._kinds.items()):
+            return False
+        for each in self.steady:
+            each.set_hypers(hypers)
+        return True
+
+    def cohorts(self) -> list[Cohort] | None:
+        """The cohorts with the numbers of this step, None if it differs from the last one in more than numbers."""
+        if all(each.unchanged() for each in self.steady) and all(each.renew() for each in self.steady):
+            return [each.cohort for each in self.steady]
         return None
 
-    def after(self) -> None:
-        """Note what the step has left behind."""
-        for known in self._cohorts:
-            known.after()
+    def stepping(self) -> dict[int, list[Any]]:
+        """The parameters that stepped, by group."""
+        return {index: params for index, params, _ in self._members}
 
 
-def _kind(group: GroupWork) -> _GroupKind:
+class Whole:
+    """That all groups of an optimizer are as they were in its last step, known from their counter of changes.
+
+    Args:
+        groups: its groups, which count their changes in one place.
+        watch: that place.
+        idle: parameters of groups that are not frozen that had no gradient.
+    """
+
+    def __init__(self, groups: Sequence[Any], watch: Watch, state: ParamState, idle: list[Tensor]) -> None:
+        self._groups, self._watch, self._state, self._idle = list(groups), watch, state, idle
+        self._changes = watch.changes
+        self._lists = [group["params"] for group in groups]
+        self._members = [p for members in self._lists for p in members]
+        self._frozen = [group.get("frozen") for group in groups]
+
+    def holds(self, groups: Sequence[Any], state: ParamState) -> bool:
+        """Whether the same parameters are there to step, with perhaps other hypers."""
+        return (
+            state is self._state
+            and same(groups, self._groups)
+            and (not self.hypers_changed() or self._same_but_for_hypers())
+            and same_members(self._lists, self._members)
+            and all(map(is_, map(grads_of, self._idle), repeat(None)))
+        )
+
+    def hypers_changed(self) -> bool:
+        """Whether something was written to a group."""
+        return self._changes != self._watch.changes
+
+    def take_hypers(self) -> None:
+        """The hypers as they are now have been taken over."""
+        self._changes = self._watch.changes
+
+    def _same_but_for_hypers(self) -> bool:
+        groups = self._groups
+        return all(map(is_, map(itemgetter("params"), groups), self._lists)) and self._frozen == [
+            group.get("frozen") for group in groups
+        ]
+
+
+def _kind(hypers: Mapping[str, Any]) -> _GroupKind:
     """The kind of a group's hypers in a form that is compared quickly: names, types, and what else counts."""
-    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in group.hypers.values())
-    return list(group.hypers), list(map(type, group.hypers.values())), None if numbers else hypers_kind(group.hypers)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in hypers.values())
+    return list(hypers), list(map(type, hypers.values())), None if numbers else hypers_kind(hypers)
 
 
 def _same_kind(hypers: Mapping[str, Any], kind: _GroupKind) -> bool:

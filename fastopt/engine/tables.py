@@ -17,6 +17,41 @@ from torch import Tensor
 from .triton_source import BLOCK, Layout
 
 
+class _Staging:
+    """Pinned memory that arrays of one shape go through on their way to the device, used again and again.
+
+    It has two halves. What is left behind in one is queued for copying when the other is entered, so one event per half
+    tells whether the device has read it.
+    """
+
+    def __init__(self, like: NDArray[Any]) -> None:
+        self._half = max(2, min(32, _STAGING // max(like.nbytes, 1)))
+        memory = torch.empty((2 * self._half, *like.shape), dtype=torch.from_numpy(like).dtype, pin_memory=True)
+        self._slots = list(memory.unbind())
+        self._arrays = [slot.numpy() for slot in self._slots]
+        self._read: list[Any] = [None, None]  # the event of each half
+        self._next = 0
+
+    def take(self, array: NDArray[Any]) -> Tensor | None:
+        """A pinned copy of `array`, None where the device has not read yet what lies there."""
+        half, place = divmod(self._next, self._half)
+        if place == 0:
+            left: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            left.record()
+            self._read[1 - half] = left
+            entered = self._read[half]
+            if entered is not None and not entered.query():
+                return None
+        self._arrays[self._next][...] = array
+        source = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        return source
+
+
+#: Bytes of pinned memory for one half of a staging area, at least two arrays.
+_STAGING = 1 << 18
+
+
 class Table:
     """An array on the host with its copy on the device."""
 
@@ -25,6 +60,7 @@ class Table:
         self.on_device: Tensor | None = None
         self._host: NDArray[Any] | None = None
         self._captured: list[Tensor] = []
+        self._staging: _Staging | None = None
 
     def put(self, array: NDArray[Any]) -> Tensor:
         """The table on the device, with these contents for whatever is queued from now on.
@@ -38,9 +74,7 @@ class Table:
             return self._ready()
         if capturing and not self.in_graph and same_shape:
             return self._ready()
-        source = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            source = source.pin_memory()
+        source = self._source(array, same_shape, capturing)
         if not same_shape or self.on_device is None:
             self.on_device = torch.empty_like(source, device=self.device)
         self.on_device.copy_(source, non_blocking=True)
@@ -48,6 +82,21 @@ class Table:
             self._captured.append(source)
         self._host = array
         return self.on_device
+
+    def _source(self, array: NDArray[Any], again: bool, capturing: bool) -> Tensor:
+        """`array` as a tensor that is not written to before the device has read it."""
+        source = torch.from_numpy(array)
+        if self.device.type != "cuda":
+            return source
+        if capturing or not again:
+            self._staging = None
+            return source.pin_memory()
+        staged = self._staging.take(array) if self._staging is not None else None
+        if staged is None:  # torch keeps the memory of the old one until the device has read it
+            self._staging = _Staging(array)
+            staged = self._staging.take(array)
+        assert staged is not None
+        return staged
 
     def _ready(self) -> Tensor:
         assert self.on_device is not None
@@ -93,12 +142,10 @@ class Tables:
             table.put(array)
         self._sizes = sizes
 
-    def set_scalars(self, rows: list[tuple[Any, ...]]) -> None:
-        """Set the rows of scalars."""
+    def set_scalars(self, scalars: NDArray[np.float64]) -> None:
+        """Set the scalars `[n_slots, n_rows]`."""
         dtype = np.float64 if self.layout.double else np.float32
-        n_slots = self.layout.program.n_slots
-        array = np.array(rows, dtype=np.float64).reshape(len(rows), n_slots).T.astype(dtype)
-        self.scalars.put(np.ascontiguousarray(array) if array.size else np.zeros((1, 1), dtype))
+        self.scalars.put(np.array(scalars, dtype, order="C") if scalars.size else np.zeros((1, 1), dtype))
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for intermediate results, kept from step to step."""

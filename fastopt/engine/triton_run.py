@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .blocks import run_blocks
 from .plan import Cohort
@@ -96,32 +95,35 @@ class TritonRuns:
             run_blocks(others, None)
 
     def _launches(self, cohort: Cohort, device: torch.device) -> list[Launch]:
-        """The launches for a cohort, with its tables up to date; those of its last step if nothing has moved since."""
-        kernels = kernels_of(cohort.program)
-        where = [cohort.addresses[place] for place in kernels.layout.places if place in cohort.addresses]
+        """The launches for a cohort, with its tables up to date; those of its last step where that is possible."""
         known: _Prepared | None = cohort.kept
-        if known is None or known.where != where or not known.current():
-            known = cohort.kept = self._prepare(cohort, kernels, device, where)
-        rows = [tuple(row) for row in cohort.rows]
+        version = cohort.looked.version if cohort.looked is not None else None
+        if known is None or version is None or not known.current(version):
+            kernels = kernels_of(cohort.program)
+            addresses = _addresses(cohort, kernels.layout)
+            if known is None or version is None or not known.move(addresses, version):
+                known = cohort.kept = self._prepare(cohort, kernels, device, addresses, version)
+        scalars = cohort.scalars()
         for launch in known.launches:
-            launch.tables.set_scalars(rows)
+            launch.tables.set_scalars(scalars)
         return known.launches
 
-    def _prepare(self, cohort: Cohort, kernels: Kernels, device: torch.device, where: list[list[int]]) -> _Prepared:
-        addresses = _addresses(cohort, kernels.layout)
+    def _prepare(
+        self, cohort: Cohort, kernels: Kernels, device: torch.device, addresses: NDArray[np.int64], version: int | None
+    ) -> _Prepared:
         whole = [row for row, place in enumerate(kernels.layout.places) if cohort.is_whole(place)]
-        aligned = (addresses[whole] % ALIGNED == 0).all(axis=0)
+        aligned = _aligned(addresses, whole)
         sizes = np.fromiter((p.numel() for p in cohort.params), np.int64, len(cohort.params))
         rows = np.array(cohort.row_index, np.int32)
-        launches, tokens = [], []
+        prepared = _Prepared(whole, aligned, version)
         for promise in (True, False):
             chosen = np.flatnonzero(aligned == promise)
             if len(chosen):
                 tables = self._tables_for(kernels, device, promise)
                 tables.place(np.ascontiguousarray(addresses[:, chosen]), sizes[chosen], rows[chosen])
-                launches.append(Launch(kernels, tables, ALIGNED if promise else 1, len(chosen), len(cohort.rows)))
-                tokens.append(tables.version)
-        return _Prepared(where, launches, tokens)
+                launch = Launch(kernels, tables, ALIGNED if promise else 1, len(chosen), len(cohort.rows))
+                prepared.add(launch, chosen)
+        return prepared
 
     def _tables_for(self, kernels: Kernels, device: torch.device, aligned: bool) -> Tables:
         key = (kernels.program, device, aligned)
@@ -171,11 +173,34 @@ class Launch:
 class _Prepared:
     """The launches of a cohort, good while its tensors lie where they lay and no other cohort has used its tables."""
 
-    def __init__(self, where: list[list[int]], launches: list[Launch], versions: list[int]) -> None:
-        self.where, self.launches, self._versions = where, launches, versions
+    def __init__(self, whole: list[int], aligned: NDArray[np.bool_], version: int | None) -> None:
+        self.launches: list[Launch] = []
+        self._whole, self._aligned, self._version = whole, aligned, version
+        self._chosen: list[NDArray[np.intp]] = []
+        self._tokens: list[int] = []
 
-    def current(self) -> bool:
-        return [launch.tables.version for launch in self.launches] == self._versions and bool(self.where)
+    def add(self, launch: Launch, chosen: NDArray[np.intp]) -> None:
+        """Add a launch for the tensors with the indices `chosen`, whose tables are filled."""
+        self.launches.append(launch)
+        self._chosen.append(chosen)
+        self._tokens.append(launch.tables.version)
+
+    def current(self, version: int) -> bool:
+        """Whether all is still in place; `version` is that of what was looked at."""
+        return self._version == version and self._own_tables()
+
+    def _own_tables(self) -> bool:
+        return [launch.tables.version for launch in self.launches] == self._tokens
+
+    def move(self, addresses: NDArray[np.int64], version: int) -> bool:
+        """Put new addresses into the tables, if nothing else has to change."""
+        if not self._own_tables() or not np.array_equal(_aligned(addresses, self._whole), self._aligned):
+            return False
+        for launch, chosen in zip(self.launches, self._chosen, strict=True):
+            all_of_them = len(chosen) == addresses.shape[1]
+            launch.tables.addresses.put(addresses if all_of_them else np.ascontiguousarray(addresses[:, chosen]))
+        self._version = version
+        return True
 
 
 def _run_phase(launches: Sequence[Launch], k: int, reduce: Reduce | None) -> None:
@@ -220,14 +245,14 @@ def _by_layout(cohorts: Sequence[Cohort]) -> tuple[list[Cohort], list[Cohort]]:
 
 def _addresses(cohort: Cohort, layout: Layout) -> NDArray[np.int64]:
     """Where each tensor lies `[n_places, n_tensors]`."""
-    n = len(cohort.params)
-    rows = [
-        np.array(cohort.addresses[place], np.int64)
-        if place in cohort.addresses
-        else np.fromiter(map(Tensor.data_ptr, cohort.tensors(place)), np.int64, n)
-        for place in layout.places
-    ]
-    return np.stack(rows) if rows else np.zeros((1, n), np.int64)
+    rows = [cohort.addresses(place) for place in layout.places]
+    return np.stack(rows) if rows else np.zeros((1, len(cohort.params)), np.int64)
+
+
+def _aligned(addresses: NDArray[np.int64], whole: list[int]) -> NDArray[np.bool_]:
+    """Which tensors `[n_tensors]` have all their elementwise places, the rows `whole`, at aligned addresses."""
+    aligned: NDArray[np.bool_] = (addresses[whole] % ALIGNED == 0).all(axis=0)
+    return aligned
 
 
 def _capturing(device: torch.device) -> bool:

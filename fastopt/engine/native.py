@@ -1,0 +1,125 @@
+"""Compiled functions for the part of a step that runs on the host, where the machine has a C++ compiler.
+
+They are compiled once per machine, by another process while training goes on, and kept on disk. Nothing needs them:
+until they are there, and where there is no compiler, Python does the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Environment variable: `0` never compiles, `wait` waits for the compiler instead of going on without it.
+VARIABLE = "FASTOPT_NATIVE"
+_SOURCE = Path(__file__).with_name("look.cpp")
+_state: dict[str, Any] = {}
+_starting = threading.Lock()
+
+
+def native() -> Any | None:
+    """The module with the functions of look.cpp; None while it is being compiled or if it cannot be."""
+    with _starting:
+        if "module" not in _state and "failed" not in _state:
+            _find_or_compile()
+        return _state.get("module")
+
+
+def compiled_already() -> Any | None:
+    """The module if something has asked for it before and it is there."""
+    return _state.get("module")
+
+
+def _find_or_compile() -> None:
+    wanted = os.environ.get(VARIABLE, "")
+    try:
+        library = _library()
+        if wanted == "0" or library is None:
+            _state["failed"] = True
+        elif library.exists():
+            _state["module"] = _load(library)
+        elif "compiler" not in _state:
+            _state["compiler"] = threading.Thread(target=_compile, args=(library,), daemon=True)
+            _state["compiler"].start()
+            if wanted == "wait":
+                _state["compiler"].join()
+                _find_or_compile()
+        elif not _state["compiler"].is_alive():
+            _state["failed"] = True
+    except (OSError, ImportError):
+        _state["failed"] = True
+
+
+@lru_cache(maxsize=1)
+def _library() -> Path | None:
+    """Where the compiled module is kept for this Python, torch and source; None without a compiler or a place."""
+    if not _SOURCE.exists() or shutil.which(_compiler()) is None:
+        return None
+    made_of = (_SOURCE.read_text(), torch.__version__, sysconfig.get_config_var("SOABI"), sys.platform, torch.__file__)
+    digest = hashlib.sha256("\0".join(map(str, made_of)).encode()).hexdigest()[:20]
+    folder = cache_folder()
+    return None if folder is None else folder / f"fastopt_look-{digest}.so"
+
+
+def cache_folder() -> Path | None:
+    """The folder of this user for what was compiled: `FASTOPT_CACHE_DIR` or a part of the user's cache; None without.
+
+    A folder that others may write to is not used.
+    """
+    given = os.environ.get("FASTOPT_CACHE_DIR")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(given) if given else Path(home) / "fastopt"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError:
+        return None
+    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & 0o022):
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _compile(library: Path) -> None:
+    """Compile to a name of its own, then put it in place at once: several processes may do the same."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    made = library.with_name(f"{library.stem}.{os.getpid()}.tmp")
+    abi = int(torch.compiled_with_cxx11_abi())
+    includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
+    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-lc10"]
+    command = [_compiler(), "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    try:
+        subprocess.run(
+            [*command, *includes, str(_SOURCE), "-o", str(made), *libraries],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=300,
+        )
+        os.replace(made, library)
+    except (OSError, subprocess.SubprocessError):
+        made.unlink(missing_ok=True)
+
+
+def _load(library: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader("fastopt_look", str(library))
+    spec = importlib.util.spec_from_loader("fastopt_look", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
