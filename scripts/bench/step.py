@@ -23,6 +23,7 @@ from .rivals import FUSED, LOOP, OURS, Rival, rivals
 CYCLE = 6
 """Steps after which ranger's work repeats: its slow weights move in every sixth."""
 WARM_UP = 8
+LEAST_ROUNDS = 3
 LOOP_UP_TO = 1000
 """Tensors up to which the callbacks are also timed one by one."""
 
@@ -102,7 +103,7 @@ def measure(model: str, n_groups: int, rule: str, clock: Clock, settings: Settin
             if rival.who in (OURS, LOOP):
                 raise
             notes.append(f"{rival.who}, {rule} on {model}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    _take_turns(turns, tensors, clock)
+    _take_turns(turns, tensors, clock, 2 * settings.seconds * len(turns))
     n = sum(p.numel() for p in tensors)
     rows = _rows(model, n_groups, rule, turns, bytes_per_element(turns[0].opt, rule) * n / settings.copy_gb_per_s / 1e6)
     del tensors, groups, turns
@@ -125,19 +126,26 @@ def _start(rival: Rival, groups: list[list[Tensor]], clock: Clock, settings: Set
     clock.steps(opt.step, 1 if rival.who == LOOP else WARM_UP)
     ms = clock.steps(opt.step, 1)
     calls = CYCLE * max(1, min(8, int(20 / ms / CYCLE))) if ms < 200 else 1
-    rounds = max(3, min(settings.rounds, int(settings.seconds * 1e3 / (ms * calls))))
+    rounds = max(LEAST_ROUNDS, min(settings.rounds, int(settings.seconds * 1e3 / (ms * calls))))
     return Turns(rival, opt, first_ms, calls, rounds, [], [], [])
 
 
-def _take_turns(turns: Sequence[Turns], tensors: Sequence[Tensor], clock: Clock) -> None:
-    for i in range(max(t.n_rounds for t in turns)):
+def _take_turns(turns: Sequence[Turns], tensors: Sequence[Tensor], clock: Clock, seconds: float) -> None:
+    """Time all optimizers for about `seconds`, at least three rounds; then once more with new gradients."""
+    most = max(t.n_rounds for t in turns)
+    for i in _rounds(most, seconds, clock):
         for t in (t for t in turns if i < t.n_rounds):
             t.step_ms.append(clock.steps(t.opt.step, t.n_calls))
             t.host_us += [clock.host(t.opt.step) for _ in range(min(3, t.n_calls))]
-    for i in range(max(t.n_rounds for t in turns)):
+    for i in _rounds(most, seconds, clock):
         for t in (t for t in turns if i < t.n_rounds):
             new_gradients(tensors)
             t.host_new_us.append(clock.host(t.opt.step))
+
+
+def _rounds(most: int, seconds: float, clock: Clock) -> Iterator[int]:
+    start = clock.now()
+    yield from (i for i in range(most) if i < LEAST_ROUNDS or clock.now() - start < seconds)
 
 
 def bytes_per_element(opt: Optimizer, rule: str) -> float:
