@@ -9,16 +9,14 @@ from typing import Any
 from .models import MODELS
 from .results import Result, Row
 from .rivals import FUSED, OURS
-
-GRAY = "#7d7d7d"
-"""Readable on white and on black: the chart has no background of its own."""
+from .svg import BLUE, GRAY, GREEN, ORANGE, PURPLE, YELLOW, plain, pyplot, save
 
 COLOURS = {
-    OURS: "#2f81f7",
-    FUSED: "#d9730d",
-    "torch foreach": "#c9a227",
-    "HeavyBall": "#a855c7",
-    "pytorch-optimizer": "#3fa35b",
+    OURS: BLUE,
+    FUSED: ORANGE,
+    "torch foreach": YELLOW,
+    "HeavyBall": PURPLE,
+    "pytorch-optimizer": GREEN,
     "loop": GRAY,
 }
 FLOOR = "floor"
@@ -26,19 +24,12 @@ FLOOR = "floor"
 
 def draw(result: Result, path: Path) -> None:
     """Write the chart as SVG, the same bytes for the same result; without matplotlib say so and write nothing."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no chart: matplotlib is not installed (pip install matplotlib, or the project's extra [plot])")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = [row for row in result.rows if row.groups == 1]
     models = list(dict.fromkeys(row.model for row in rows))
     heights = [len({row.rule for row in rows if row.model == model}) + 1.2 for model in models]
-    style: Any = {"svg.hashsalt": "fastopt", "svg.fonttype": "none", "text.color": GRAY, "font.size": 9}
-    with matplotlib.rc_context(style):
+    with pyplot() as plt:
+        if plt is None:
+            return
         size = (8, 0.24 * sum(heights) + 0.4 * len(models) + 0.5)
         figure, axes = plt.subplots(
             len(models), 1, figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
@@ -47,8 +38,7 @@ def draw(result: Result, path: Path) -> None:
             _panel(axis, model, [row for row in rows if row.model == model])
         _key(figure, [FLOOR, *(who for who in COLOURS if any(row.who == who for row in rows))])
         figure.supxlabel(f"ms per step, one parameter group, {result.device}", color=GRAY, fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
+        save(figure, path)
         plt.close(figure)
 
 
@@ -73,14 +63,10 @@ def _panel(axis: Any, model: str, rows: Sequence[Row]) -> None:
     axis.set(xscale="log", ylim=(len(rules) - 0.4, -0.6), yticks=range(len(rules)), yticklabels=rules)
     axis.set_title(f"{model}, {len(MODELS[model]()):,} tensors" if model in MODELS else model, loc="left", fontsize=10)
     axis.title.set_color(GRAY)
-    axis.tick_params(colors=GRAY, which="both", length=3)
-    axis.grid(axis="x", color=GRAY, alpha=0.2, lw=0.5)
+    plain(axis)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRAY)
 
 
 def _key(figure: Any, names: Sequence[str]) -> None:

@@ -65,14 +65,15 @@ def read(path: Path) -> Result:
     """
     try:
         found = json.loads(path.read_text())
-        rows = [_made(Row, row) for row in found.pop("rows")]
-        first = [_made(FirstStep, row) for row in found.pop("first", [])]
-        return _made(Result, {**found, "rows": rows, "first": first})  # type: ignore[no-any-return]
+        rows = [made(Row, row) for row in found.pop("rows")]
+        first = [made(FirstStep, row) for row in found.pop("first", [])]
+        return made(Result, {**found, "rows": rows, "first": first})  # type: ignore[no-any-return]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no result of bench_step.py: {error!r}") from error
 
 
-def _made(kind: Any, values: dict[str, Any]) -> Any:
+def made(kind: Any, values: dict[str, Any]) -> Any:
+    """The dataclass `kind` from those of `values` that are its fields."""
     return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
 
 

@@ -1,0 +1,99 @@
+"""The benchmark of sharding: that it runs on two small ranks and counts what it should, not the times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.bench import trace
+from tests.commands import ROOT, run_command, torchrun
+
+SCRIPT = ROOT / "scripts" / "bench_zero.py"
+WAYS = "stage2,groups,stage1,ddp,zero-redundancy,fully-shard-2"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The JSON of a run, in a folder with what was written beside it."""
+    out = tmp_path_factory.mktemp("bench") / "zero.json"
+    quick = ("--device", "cpu", "--model", "tiny", "--rounds", "1", "--iterations", "1")
+    torchrun(2, SCRIPT, *quick, "--only", WAYS, "--out", out, cwd=out.parent)
+    return out
+
+
+@pytest.fixture(scope="module")
+def rows(written: Path) -> dict[str, dict[str, Any]]:
+    """The rows by name."""
+    return {row["who"]: row for row in json.loads(written.read_text())["rows"]}
+
+
+def test_a_row_for_each_way(rows: dict[str, dict[str, Any]]) -> None:
+    assert set(rows) == {
+        "compute only",
+        "fastopt stage 2",
+        "fastopt stage 2, clipping",
+        "fastopt stage 2, 21 groups",
+        "fastopt stage 1",
+        "fastopt stage 1, clipping",
+        "DDP float32, torch fused",
+        "DDP float32, ZeroRedundancyOptimizer",
+        "fully_shard without resharding, torch fused",
+    }
+    assert all(row["iteration_ms"] > 0 and row["compute_ms"] > 0 for row in rows.values())
+
+
+def test_the_bytes_that_are_sent(rows: dict[str, dict[str, Any]], written: Path) -> None:
+    n = json.loads(written.read_text())["parameters"]
+    d, hidden, layers, words = 32, 64, 2, 64
+    assert n == 2 * words * d + layers * (4 * d * d + 3 * d * hidden + 2 * d) + d
+    half = 1 / 2  # (N-1)/N of two ranks
+    assert rows["DDP float32, torch fused"]["sent_bytes"] == 2 * half * 4 * n
+    assert rows["DDP float32, ZeroRedundancyOptimizer"]["sent_bytes"] == (2 + 1) * half * 4 * n
+    gathered_and_scattered = half * (2 + 4) * n
+    assert rows["fully_shard without resharding, torch fused"]["sent_bytes"] == gathered_and_scattered
+    least = half * (2 + 2) * n  # gradients and parameters in bfloat16; padding and control messages come on top
+    assert least <= rows["fastopt stage 2"]["sent_bytes"] < 1.2 * least
+
+
+def test_tables_and_chart_are_written_beside(written: Path, tmp_path: Path) -> None:
+    assert "| fastopt stage 2, clipping |" in written.with_suffix(".md").read_text()
+    again = tmp_path / "again.svg"
+    run_command(sys.executable, SCRIPT, "--chart", written, "-o", again, cwd=tmp_path)
+    assert again.read_bytes() == written.with_suffix(".svg").read_bytes()
+    assert "ZeroRedundancyOptimizer" in again.read_text()
+
+
+def kernel(name: str, start: float, stop: float) -> dict[str, Any]:
+    return {"name": name, "cat": "kernel", "ts": start, "dur": stop - start}
+
+
+def test_time_of_kernels_by_kind_and_what_is_hidden() -> None:
+    events = [
+        {"name": "aten::mm", "cat": "cpu_op", "ts": 0, "dur": 9000},
+        kernel("nvjet_tst_128x256", 0, 1000),
+        kernel("sm90_xmma_gemm_bf16", 2000, 3000),
+        kernel("ncclDevKernel_ReduceScatter", 500, 2500),  # hidden from 500 to 1000 and from 2000 to 2500
+        kernel("pass_0", 3500, 4000),
+        {"name": "Memcpy DtoD", "cat": "gpu_memcpy", "ts": 3900, "dur": 200},
+    ]
+    found = trace.kernels(events, iterations=2)
+    assert found.by_kind == {"copy": 0.1, "matmul": 1.0, "nccl": 1.0, "step": 0.25}
+    assert found.busy_ms == pytest.approx((3000 + 600) / 2e3)
+    assert found.idle_ms == pytest.approx(500 / 2e3)
+    assert found.hidden == pytest.approx(0.5)
+
+
+def test_collectives_with_lists_of_tensors_take_the_dtype_from_the_backend() -> None:
+    events = [
+        {"name": "nccl:all_reduce", "args": {"Input Dims": [[10, 3]], "Input type": ["c10::BFloat16"]}},
+        {"name": "c10d::allreduce_", "args": {"Input Dims": [[[10, 3]], []], "Input type": ["TensorList", ""]}},
+        {"name": "c10d::_allgather_base_", "args": {"Input Dims": [[8], [2]], "Input type": ["float", "float"]}},
+        {"name": "aten::add", "args": {"Input Dims": [[8]], "Input type": ["float"]}},
+    ]
+    found = trace.wire(events, world_size=4)
+    assert found.collectives == 2
+    assert found.sent == pytest.approx(3 / 4 * (2 * 30 * 2 + 8 * 4))
