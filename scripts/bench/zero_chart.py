@@ -24,7 +24,7 @@ def draw(result: Result, path: Path) -> None:
             times = row.iteration_ms / row.compute_ms
             axis.text(row.iteration_ms, y, f" {row.iteration_ms:.1f} ms, {times:.2f}x", va="center")
         axis.set(yticks=range(len(rows)), yticklabels=[row.who for row in rows], ylim=(len(rows) - 0.4, -0.6))
-        axis.margins(x=0.2)
+        axis.set_xlim(0, 1.25 * max(row.iteration_ms for row in rows))
         plain(axis)
         compute = f"gray: forward and backward alone; {result.world_size} x {result.device}, {result.model}"
         axis.set_xlabel(f"ms per iteration ({compute})", color=GRAY)
