@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import re
@@ -50,7 +51,8 @@ def arguments() -> argparse.Namespace:
         "--rules", default=",".join(rivals.RULES), help="comma-separated, of: " + ", ".join(rivals.RULES)
     )
     parser.add_argument("--rounds", type=int, default=15, help="turns of each optimizer, fewer for slow ones")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about how long each optimizer is timed")
+    parser.add_argument("--seconds", type=float, default=0.5, help="about how long each optimizer is timed")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no row is started")
     parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
     parser.add_argument("--compile-up-to", type=int, default=250, metavar="TENSORS", help="for packages that compile")
     parser.add_argument("--no-loop", action="store_true", help="do not time the callbacks one by one")
@@ -88,25 +90,27 @@ def versions() -> dict[str, str]:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Measure everything that was asked for, row by row as it is printed."""
+    """Measure everything that was asked for; prints and writes it as it goes on."""
+    start = time.perf_counter()
     clock = Clock(args.device)
     settings = Settings(
         args.device, copy_bandwidth(args.device, clock), args.rounds, args.seconds, args.compile_up_to, not args.no_loop
     )
     result = Result(device_name(args.device), versions(), settings.copy_gb_per_s, torch.get_num_threads())
     print("\n".join(results.HEAD))
-    failed: list[str] = []
+    result.notes = rivals.notes(args.compile_up_to)
+    first = "resnet-50" if "resnet-50" in args.models else args.models[0]
     for model, n_groups, rule in plan(args.models, args.rules):
-        rows = measure(model, n_groups, rule, clock, settings, failed)
+        if time.perf_counter() - start > args.limit:
+            result.notes.append(f"Stopped after {args.limit:.0f} s: rows from {rule} on {model} in {n_groups} on miss.")
+            break
+        rows = measure(model, n_groups, rule, clock, settings, result.notes)
         result.rows += rows
         print("\n".join(results.lines(rows)), flush=True)
-    result.notes = rivals.notes(args.compile_up_to) + failed
-    if not args.no_first:
-        print("\n".join(["", *results.FIRST_HEAD]))
-        model = "resnet-50" if "resnet-50" in args.models else args.models[0]
-        for rule in args.rules:
+        if model == first and n_groups == 1 and not args.no_first:
             result.first.append(first_step(model, rule, args.device))
-            print(results.first_lines(result.first)[-1], flush=True)
+        if args.out:
+            results.write(result, args.out)
     return result
 
 
@@ -126,7 +130,6 @@ def main() -> None:
         result = run(args)
     print(f"\n{results.page(result)}\n{time.perf_counter() - start:.0f} s in all")
     if args.out:
-        results.write(result, args.out)
         chart.draw(result, args.out.with_suffix(".svg"))
 
 

@@ -11,6 +11,7 @@ docs/benchmarks/zero.md. DeepSpeed and Megatron-Core take part where they can be
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -37,6 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="turns of each")
     parser.add_argument("--iterations", type=int, default=5, help="timed iterations of a turn")
     parser.add_argument("--profile", action="store_true", help="also where the time goes on the device")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nobody new takes part")
     parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
     parser.add_argument("--chart", type=Path, metavar="JSON", help="draw this result, measure nothing")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
@@ -64,12 +66,14 @@ def measure(args: argparse.Namespace) -> Result:
     result = Result(name, dist.get_world_size(), versions, args.model, count_parameters(size), size.batch * size.length)
     result.notes = zero_rivals.notes(device)
     setting = zero_rivals.Setting(size, device, *batch(size, rank, device))
-    plan = Plan(args.rounds, args.iterations, args.profile)
+    plan = Plan(args.rounds, args.iterations, args.profile, args.limit)
     for rows in run(setting, builders, plan, result.notes):
         known = {row.who for row in result.rows}
         result.rows += [row for row in rows if row.who not in known]
         if rank == 0:
             print("\n".join(map(zero_results.line, rows)), flush=True)
+            if args.out:
+                zero_results.write(result, args.out)
     return result
 
 
@@ -84,13 +88,15 @@ def main() -> None:
         raise SystemExit("run it with torchrun, see --help")
     start = time.perf_counter()
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     result = measure(args)
     if dist.get_rank() == 0:
         print(f"\n{zero_results.page(result)}\n{time.perf_counter() - start:.0f} s in all", flush=True)
         if args.out:
-            zero_results.write(result, args.out)
             zero_chart.draw(result, args.out.with_suffix(".svg"))
     dist.barrier()
     sys.stdout.flush()

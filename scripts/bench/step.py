@@ -42,16 +42,17 @@ class Settings:
     device: str
     copy_gb_per_s: float
     rounds: int = 15
-    seconds: float = 1.0
+    seconds: float = 0.5
     compile_up_to: int = 250
     loop: bool = True
 
 
 def plan(models: Sequence[str], rules: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """What to measure: (model, groups, rule), with no more groups than there are tensors."""
-    for model in models:
-        n_tensors = len(MODELS[model]())
-        yield from ((model, n, rule) for rule in rules for n in (1, 10, 500) if n <= n_tensors)
+    """What to measure: (model, groups, rule), one group first, with no more groups than there are tensors."""
+    n_tensors = {model: len(MODELS[model]()) for model in models}
+    yield from ((model, 1, rule) for model in models for rule in rules)
+    several = [(model, n) for model in models for n in (10, 500) if n <= n_tensors[model]]
+    yield from ((model, n, rule) for model, n in several for rule in rules)
 
 
 def tensors_of(model: str, device: str) -> list[Tensor]:
@@ -125,7 +126,7 @@ def _start(rival: Rival, groups: list[list[Tensor]], clock: Clock, settings: Set
     first_ms = clock.steps(opt.step, 1)
     clock.steps(opt.step, 1 if rival.who == LOOP else WARM_UP)
     ms = clock.steps(opt.step, 1)
-    calls = CYCLE * max(1, min(8, int(20 / ms / CYCLE))) if ms < 200 else 1
+    calls = CYCLE * max(1, min(8, int(20 / ms / CYCLE))) if ms * CYCLE < settings.seconds * 1e3 else 1
     rounds = max(LEAST_ROUNDS, min(settings.rounds, int(settings.seconds * 1e3 / (ms * calls))))
     return Turns(rival, opt, first_ms, calls, rounds, [], [], [])
 

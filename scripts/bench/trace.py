@@ -32,9 +32,11 @@ _COLLECTIVES = {
     "c10d::alltoall_base_": (1, 1),
     "c10d::alltoall_": (1, 1),
 }
+#: By the names of C++ and by those of torch.
 _ITEM_BYTES = {
-    "double": 8, "long": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "BFloat16": 2, "c10::Half": 2,
-    "Half": 2, "unsigned char": 1, "signed char": 1, "bool": 1,
+    "double": 8, "long": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "c10::Half": 2,
+    "unsigned char": 1, "signed char": 1, "bool": 1,
+    "Double": 8, "Long": 8, "Float": 4, "Int": 4, "BFloat16": 2, "Half": 2, "Byte": 1, "Char": 1, "Bool": 1,
 }  # fmt: skip
 
 #: Kinds of kernels, the first that matches. Kernels of fastopt's programs are called pass_k and stage_k.
@@ -76,7 +78,7 @@ def record(iterate: Callable[[], Any], iterations: int = 1, device: bool = False
         with profile(activities=activities, record_shapes=not device) as profiler:
             for _ in range(iterations):
                 iterate()
-            if device:
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
         profiler.export_chrome_trace(str(path))
         return events_in(path)
@@ -91,26 +93,34 @@ def events_in(path: Path) -> list[Event]:
 def wire(events: Iterable[Event], world_size: int) -> Wire:
     """What the collectives in `events` send.
 
-    Lists of tensors come without a dtype: it is taken from the event of the backend (`nccl:...`) for the same shape.
+    Lists of tensors come without a dtype: it is taken from the backend's own event of as many elements.
     """
     events = [event for event in events if event.get("args")]
-    item_bytes = {}
-    for event in events:
-        if event["name"].startswith(("nccl:", "gloo:")):
-            for dims, kind in zip(
-                event["args"].get("Input Dims", []), event["args"].get("Input type", []), strict=False
-            ):
-                item_bytes[str(dims)] = _ITEM_BYTES.get(kind, 4)
+    item_bytes = _item_bytes(events)
     sent, collectives = 0.0, 0
     for event in events:
         if event["name"] in _COLLECTIVES:
             argument, times = _COLLECTIVES[event["name"]]
             dims, kind = event["args"]["Input Dims"][argument], event["args"]["Input type"][argument]
             for each in _tensors(dims):
-                size = _ITEM_BYTES[kind] if kind in _ITEM_BYTES else item_bytes.get(str(each), 4)
+                size = _ITEM_BYTES[kind] if kind in _ITEM_BYTES else item_bytes.get(_product(each), 4)
                 sent += times * _product(each) * size * (world_size - 1) / world_size
             collectives += 1
     return Wire(sent, collectives)
+
+
+def _item_bytes(events: Iterable[Event]) -> dict[int, int]:
+    """Bytes of an element by the number of elements, as the backends tell: `gloo:...`, `nccl:...` and its messages."""
+    found = {}
+    for event in events:
+        args = event["args"]
+        if event["name"].startswith(("nccl:", "gloo:")):
+            for dims, kind in zip(args.get("Input Dims", []), args.get("Input type", []), strict=False):
+                if kind in _ITEM_BYTES:
+                    found[_product(dims)] = _ITEM_BYTES[kind]
+        elif "In msg nelems" in args and args.get("dtype") in _ITEM_BYTES:
+            found[int(args["In msg nelems"])] = _ITEM_BYTES[args["dtype"]]
+    return found
 
 
 def _tensors(dims: Sequence[Any]) -> list[Sequence[int]]:

@@ -24,11 +24,13 @@ PROFILED = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run measures: `rounds` turns of `iterations` each, and whether kernels are profiled as well."""
+    """How a run measures: `rounds` turns of `iterations` each, whether kernels are profiled as well, and after how many
+    seconds nobody new is built."""
 
     rounds: int
     iterations: int
     profile: bool
+    limit: float
 
 
 @dataclass
@@ -50,10 +52,15 @@ def run(
 ) -> Iterator[list[Row]]:
     """The rows of all of `builders`, as many at a time as fit into memory, each time beside compute only."""
     waiting = dict(builders)
+    start = time.perf_counter()
     while waiting:
         contenders = _start(setting, compute_only, plan)
         for name in list(waiting):
             if len(contenders) > 1 and not _fits(setting.device, count_parameters(setting.size)):
+                break
+            if _longest(setting.device, time.perf_counter() - start) > plan.limit:
+                notes.append(f"Stopped after {plan.limit:.0f} s, without: {', '.join(waiting)}.")
+                waiting.clear()
                 break
             try:
                 contenders += _start(setting, waiting.pop(name), plan)
@@ -153,6 +160,13 @@ def _fits(device: torch.device, n_params: int) -> bool:
     room = torch.tensor(torch.cuda.mem_get_info(device)[0] - 24 * n_params - 16 * 2**30, device=device)
     dist.all_reduce(room, op=dist.ReduceOp.MIN)
     return bool(room.item() > 0)
+
+
+def _longest(device: torch.device, seconds: float) -> float:
+    """The largest on all ranks, so that they decide alike."""
+    value = torch.tensor(seconds, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value.item()
 
 
 def _release(device: torch.device) -> None:
