@@ -78,7 +78,7 @@ def record(iterate: Callable[[], Any], iterations: int = 1, device: bool = False
         with profile(activities=activities, record_shapes=not device) as profiler:
             for _ in range(iterations):
                 iterate()
-            if torch.cuda.is_initialized():
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize()
         profiler.export_chrome_trace(str(path))
         return events_in(path)
