@@ -65,6 +65,7 @@ class AroundChain(Around, Optimizer):
         torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
         self.cbs = cbs
         self.train_bn, self._engine = getattr(opt, "train_bn", True), getattr(opt, "_engine", None)
+        self.master_weights = getattr(opt, "master_weights", False)
         self.opt = opt
 
     @property

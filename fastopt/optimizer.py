@@ -29,13 +29,23 @@ class Optimizer(_BaseOptimizer):
             `cb(p, **state_of_p, **hypers_of_its_group)`; a returned dict is merged into the state.
         train_bn: kept for the reader of `opt.train_bn`; what trains is decided by `force_train`.
         engine: executor to run the chain with; by default the best one there is (see `opt.engine`).
+        master_weights: step on a float32 copy of each parameter in bfloat16 or float16, kept as `master` in its state,
+            and write the rounded result to the parameter. The copy is made at the first step: to set a parameter by
+            hand after that, remove its `master` too.
         **defaults: hyper-parameters, over those in the callbacks' `defaults`: one number, one per group, or a slice.
 
     Raises:
         TypeError, ValueError: parameters, groups or hyper-parameters that cannot be used, named in the message.
     """
 
-    _kept: ClassVar[tuple[str, ...]] = ("_freeze_to", "cbs", "train_bn", "_engine", "_warned_momentum")
+    _kept: ClassVar[tuple[str, ...]] = (
+        "_freeze_to",
+        "cbs",
+        "train_bn",
+        "master_weights",
+        "_engine",
+        "_warned_momentum",
+    )
     _warned_momentum = False
     cbs: tuple[Callable[..., Any], ...]
 
@@ -46,10 +56,11 @@ class Optimizer(_BaseOptimizer):
         train_bn: bool = True,
         *,
         engine: str | None = None,
+        master_weights: bool = False,
         **defaults: Any,
     ) -> None:
         self.cbs = _as_chain(cbs)
-        self.train_bn = train_bn
+        self.train_bn, self.master_weights = train_bn, master_weights
         self._engine = engine
         requested(engine)
         groups = collect_groups(params)
@@ -127,7 +138,7 @@ class Optimizer(_BaseOptimizer):
     def runner(self) -> Engine:
         """What records and runs the chain of this optimizer."""
         if "_made_runner" not in self.__dict__:
-            self._made_runner = Engine(self._engine)
+            self._made_runner = Engine(self._engine, self.master_weights)
         return self._made_runner
 
     def _everything(self, i: int) -> GroupWork:

@@ -2,7 +2,8 @@
 
 Common arguments: `params` as for `Optimizer`; `lr`, `mom`, `wd`, ... a number, one per group or a slice; `decouple_wd`
 chooses `weight_decay` (the parameter is decayed) or `l2_reg` (the gradient is); `betas`, `momentum`, `alpha` and
-`weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine` as for `Optimizer`.
+`weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine` and
+`master_weights` as for `Optimizer`.
 """
 
 from __future__ import annotations
@@ -97,12 +98,15 @@ class SGD(NamedOptimizer):
         momentum: Hyper | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.0, "momentum", momentum)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         groups, with_momentum = _any_momentum(params, mom)
         steps = (average_grad, momentum_step) if with_momentum else (sgd_step,)
-        super().__init__(groups, (_decay(decouple_wd), *steps), engine=engine, lr=lr, mom=mom, wd=wd)
+        super().__init__(
+            groups, (_decay(decouple_wd), *steps), engine=engine, master_weights=master_weights, lr=lr, mom=mom, wd=wd
+        )
 
 
 class RMSProp(NamedOptimizer):
@@ -127,6 +131,7 @@ class RMSProp(NamedOptimizer):
         momentum: Hyper | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.0, "momentum", momentum)
         sqr_mom = _pick("sqr_mom", sqr_mom, 0.99, "alpha", alpha)
@@ -134,7 +139,9 @@ class RMSProp(NamedOptimizer):
         groups, with_momentum = _any_momentum(params, mom)
         averages = (average_grad, average_sqr_grad) if with_momentum else (average_sqr_grad,)
         cbs = (_decay(decouple_wd), *averages, rms_prop_step)
-        super().__init__(groups, cbs, engine=engine, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        super().__init__(
+            groups, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        )
 
 
 def _adam_chain(decouple_wd: bool, stepper: Cb) -> tuple[Cb, ...]:
@@ -165,11 +172,14 @@ class Adam(NamedOptimizer):
         betas: Betas | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.01, "weight_decay", weight_decay)
         cbs = _adam_chain(decouple_wd, adam_step)
-        super().__init__(params, cbs, engine=engine, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        super().__init__(
+            params, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        )
 
 
 class RAdam(NamedOptimizer):
@@ -191,11 +201,23 @@ class RAdam(NamedOptimizer):
         betas: Betas | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         cbs = _adam_chain(decouple_wd, radam_step)
-        super().__init__(params, cbs, engine=engine, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+        super().__init__(
+            params,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            lr=lr,
+            mom=mom,
+            sqr_mom=sqr_mom,
+            eps=eps,
+            wd=wd,
+            beta=beta,
+        )
 
 
 class QHAdam(NamedOptimizer):
@@ -218,12 +240,13 @@ class QHAdam(NamedOptimizer):
         betas: Betas | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.999, 0.999), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         averages: dict[str, Any] = {"mom": mom, "sqr_mom": sqr_mom, "nu_1": nu_1, "nu_2": nu_2}
         cbs = _adam_chain(decouple_wd, qhadam_step)
-        super().__init__(params, cbs, engine=engine, lr=lr, eps=eps, wd=wd, **averages)
+        super().__init__(params, cbs, engine=engine, master_weights=master_weights, lr=lr, eps=eps, wd=wd, **averages)
 
 
 class Larc(NamedOptimizer):
@@ -248,13 +271,24 @@ class Larc(NamedOptimizer):
         momentum: Hyper | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.9, "momentum", momentum)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         groups, with_momentum = _any_momentum(params, mom)
         averages = (average_grad,) if with_momentum else ()
         cbs = (_decay(decouple_wd), *averages, partial(larc_layer_lr, clip=clip), larc_step)
-        super().__init__(groups, cbs, engine=engine, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+        super().__init__(
+            groups,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            lr=lr,
+            mom=mom,
+            trust_coeff=trust_coeff,
+            eps=eps,
+            wd=wd,
+        )
 
 
 class Lamb(NamedOptimizer):
@@ -278,8 +312,11 @@ class Lamb(NamedOptimizer):
         betas: Betas | None = None,
         weight_decay: Hyper | None = None,
         engine: str | None = None,
+        master_weights: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         cbs = _adam_chain(decouple_wd, lamb_step)
-        super().__init__(params, cbs, engine=engine, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+        super().__init__(
+            params, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+        )

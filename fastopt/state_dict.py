@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .engine.describe import attribute
+from .engine.master import MASTER
 from .hypers import Group, same_tensor_everywhere
 from .state import FLAGS, ParamState, flags_of
 
@@ -121,7 +122,7 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
     members = [(i, j, p) for i, group in enumerate(opt.param_groups) for j, p in enumerate(group["params"])]
     where = {id(p): f"params[{j}] of group {i}" for i, j, p in members}
     group_of = {id(p): opt.param_groups[i] for i, _, p in members}
-    shaped = {name for cb in opt.cbs for name in attribute(cb, "like_param", ())}
+    shaped = {MASTER, *(name for cb in opt.cbs for name in attribute(cb, "like_param", ()))}
     state = ParamState.of((p, marks) for p, entry in opt.state.items() if (marks := flags_of(entry)))
     if not isinstance(saved, Mapping):
         raise ValueError(f"'state' of a state dict is a dict by parameter, here it is a {type(saved).__name__}")

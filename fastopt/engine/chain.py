@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .columns import ColumnEvaluate
 from .describe import cb_name, required
+from .master import MASTER, has_master
 from .numbers import Evaluate, Number
 from .program import Output, Program, pruned
 from .reads import Read, reads_of, unchanged
@@ -128,9 +129,9 @@ class Chain:
     def _record(self, p: Tensor, hypers: Mapping[str, Any], state: Mapping[str, Any]) -> Recorded:
         recorder = Recorder(p.device, zero_dim=p.ndim == 0)
         given = {name: _hyper_leaf(recorder, name, value) for name, value in hypers.items()}
-        before = {key: _state_leaf(recorder, p, key, value) for key, value in state.items()}
-        param = recorder.input(PARAM, p.dtype, True)
-        param.of_grad = recorder.input(GRAD, _grad_of(p).dtype, True)
+        seen = Seen(recorder, p, state)
+        param = seen.param
+        before = {key: _state_leaf(recorder, p, key, value) for key, value in state.items() if key != MASTER}
         now = dict(before)
         for cb in self.cbs:
             recorder.cb = cb_name(cb)
@@ -147,18 +148,15 @@ class Chain:
                 raise NotRecordable(recorder.refusal)
             if isinstance(result, dict):
                 for key, value in result.items():
-                    for name, own in (("parameter", param), ("gradient", param.of_grad)):
+                    for name, own in (("parameter", param), ("gradient", seen.grad)):
                         if isinstance(value, RecordedTensor) and value.cell is own.cell:
                             recorder.refuse(f"the state {key!r} is the {name} itself, not a copy")
                 now.update(result)
         recorder.cb = "the chain"
-        return self._finish(recorder, param, before, now)
+        return self._finish(recorder, seen, before, now)
 
-    def _finish(
-        self, recorder: Recorder, param: RecordedTensor, before: Mapping[str, Any], now: Mapping[str, Any]
-    ) -> Recorded:
-        assert param.of_grad is not None
-        outputs = [_changed(recorder, PARAM, param), _changed(recorder, GRAD, param.of_grad)]
+    def _finish(self, recorder: Recorder, seen: Seen, before: Mapping[str, Any], now: Mapping[str, Any]) -> Recorded:
+        outputs = seen.outputs()
         numbers: dict[str, Any] = {}
         taken: dict[int, str] = {}
         for key, value in now.items():
@@ -169,14 +167,13 @@ class Chain:
                 if made.cell.constant:
                     recorder.refuse(f"the state {key!r} is a hyper-parameter's tensor")
                 taken[id(made.cell)] = key
-                outputs.append(_state_output(recorder, key, before.get(key), made))
+                output = _state_output(recorder, key, before.get(key), made)
+                outputs += [] if output is None else [output]
             elif key not in before or value is not before[key]:
                 if not (type(value) is Number or value is None or isinstance(value, bool | int | float | str)):
                     recorder.refuse(f"a {type(value).__name__} in the state")
                 numbers[key] = value
-        program, slots = pruned(
-            recorder.nodes, [o for o in outputs if o is not None], [recorder.tape.text(x) for x in recorder.slots]
-        )
+        program, slots = pruned(recorder.nodes, outputs, [recorder.tape.text(x) for x in recorder.slots])
         program = self._programs.setdefault(program, program)
         values = [recorder.slots[i] for i in slots]
         return Recorded(
@@ -223,12 +220,33 @@ def _state_leaf(recorder: Recorder, p: Tensor, key: str, value: Any) -> Any:
     return value
 
 
-def _changed(recorder: Recorder, place: str, x: RecordedTensor) -> Output | None:
-    """What is written back to the place of a tensor, None where it is as it was."""
-    node = recorder.nodes[x.cell.value]
-    return (
-        None if node.op == "input" and node.args[0] == place else Output(place, x.cell.value, node.dtype, True, False)
-    )
+class Seen:
+    """The parameter and its gradient as the cbs see them while they are recorded.
+
+    That is the master copy where there is one, with the gradient in its dtype; else the two themselves.
+    """
+
+    def __init__(self, recorder: Recorder, p: Tensor, state: Mapping[str, Any]) -> None:
+        self._recorder = recorder
+        self._dtypes = {PARAM: p.dtype, GRAD: _grad_of(p).dtype}
+        self._place = f"state {MASTER}" if has_master(p, state) else PARAM
+        dtype = p.dtype if self._place == PARAM else state[MASTER].dtype
+        self.param = recorder.input(self._place, dtype, True)
+        grad = recorder.input(GRAD, self._dtypes[GRAD], True)
+        self.grad = grad if self._place == PARAM else recorder.cast(grad, dtype)
+        self.param.of_grad = self.grad
+        self._before = self.param.cell.value, self.grad.cell.value
+
+    def outputs(self) -> list[Output]:
+        """What is written back because it has changed."""
+        before_param, before_grad = self._before
+        places = [] if self.param.cell.value == before_param else list(dict.fromkeys([self._place, PARAM]))
+        outputs = [self._output(place, self.param) for place in places]
+        return outputs if self.grad.cell.value == before_grad else [*outputs, self._output(GRAD, self.grad)]
+
+    def _output(self, place: str, x: RecordedTensor) -> Output:
+        made = self._recorder.cast(x, self._dtypes.get(place, self._recorder.nodes[x.cell.value].dtype))
+        return Output(place, made.cell.value, self._recorder.nodes[made.cell.value].dtype, True, False)
 
 
 def _state_output(recorder: Recorder, key: str, before: Any, x: RecordedTensor) -> Output | None:

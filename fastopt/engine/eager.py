@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .describe import cb_name, needs_of, required
+from .master import MASTER, StandIn, has_master
 from .reductions import across_processes
 from .work import GroupWork, Reduce
 
@@ -23,7 +24,12 @@ def run_eager(cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], redu
         reduce: sums over processes, where the tensors are slices; every process must then pass the same list of groups
             with the same number of tensors.
     """
-    tensors = [(p, state, group) for group in work for p, state in zip(group.params, group.states, strict=True)]
+    masters: list[StandIn] = []
+    tensors = [
+        (_seen(p, state, masters), state, group)
+        for group in work
+        for p, state in zip(group.params, group.states, strict=True)
+    ]
     for alone, part in groupby(cbs, lambda cb: _sees_all_at_once(cb, reduce)):
         chain = list(part)
         if not alone:
@@ -37,6 +43,17 @@ def run_eager(cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], redu
             elif reduce is not None:
                 calls = [partial(_call, cb, p, state, group.hypers, group.index) for p, state, group in tensors]
                 across_processes(calls, reduce)
+    for master in masters:
+        master.finish()
+
+
+def _seen(p: Tensor, state: MutableMapping[str, Any], masters: list[StandIn]) -> Tensor:
+    """What the cbs see as the parameter `p`; adds to `masters` where that is its master copy."""
+    if not has_master(p, state):
+        return p
+    master = StandIn(p, state)
+    masters.append(master)
+    return master.param
 
 
 def _sees_all_at_once(cb: Callable[..., Any], reduce: Reduce | None) -> bool:
@@ -47,6 +64,7 @@ def _sees_all_at_once(cb: Callable[..., Any], reduce: Reduce | None) -> bool:
 def _call(cb: Callable[..., Any], p: Tensor, state: dict[str, Any], hypers: dict[str, Any], group: int) -> None:
     """Call `cb` for one parameter and merge a returned dict into its state. A hyper wins over a state of its name."""
     given = {**state, **hypers}
+    given.pop(MASTER, None)
     missing = [name for name in required(cb) if name not in given]
     if missing:
         raise TypeError(

@@ -15,6 +15,7 @@ from .blocks import run_blocks
 from .chain import Chain
 from .choice import Choice, requested
 from .eager import run_eager
+from .master import add_masters
 from .numba_run import can_run, numba_is_there, run_numba
 from .plan import Cohort, make_cohorts
 from .program import Program
@@ -31,10 +32,11 @@ class Engine:
 
     Args:
         name: of the executor to use; None or empty takes the best one for each device.
+        masters: give low-precision parameters a master copy before their first step.
     """
 
-    def __init__(self, name: str | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str | None = None, masters: bool = False) -> None:
+        self.name, self.masters = name, masters
         self._chain: Chain | None = None
         self._ran: dict[int, Choice] = {}
         self._used: dict[int, str] = {}
@@ -59,6 +61,7 @@ class Engine:
     ) -> None:
         name, reason = requested(self.name)
         if name == "eager":
+            self._add_masters(work)
             _only_kernels_replay(launch)
             run_eager(cbs, work, reduce)
             self._note(work, "eager", reason)
@@ -69,6 +72,7 @@ class Engine:
             self._execute(again, name, reduce, launch)
             return
         self._steady = self._whole = None
+        self._add_masters(work)
         cohorts, refused = make_cohorts(chain, work)
         _only_kernels_replay(launch or not refused)
         if name is None and _better_as_it_is(cohorts):
@@ -89,6 +93,10 @@ class Engine:
             self._steady = Steady(work, cohorts, set(self._used.values()) == {"triton"})
             if not self._steady.reusable:
                 self._steady = None
+
+    def _add_masters(self, work: Sequence[GroupWork]) -> None:
+        if self.masters:
+            add_masters(work)
 
     def repeat(
         self,

@@ -53,11 +53,12 @@ def test_foreign_chains_are_recorded_without_help(name: str, dtype: torch.dtype)
     grad_dtype=st.sampled_from((None, None, torch.float32)),
     lr=st.sampled_from((0.0, 0.1, 1)),
     wd=st.sampled_from((0.0, 0.3)),
+    masters=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_random_chains(chain: Any, dtype: torch.dtype, grad_dtype: Any, lr: Any, wd: float) -> None:
+def test_random_chains(chain: Any, dtype: torch.dtype, grad_dtype: Any, lr: Any, wd: float, masters: bool) -> None:
     def build(ps: Any, engine: str) -> Optimizer:
-        return Optimizer([ps[:2], ps[2:]], chain, engine=engine, lr=[lr, 0.2], wd=wd)
+        return Optimizer([ps[:2], ps[2:]], chain, engine=engine, master_weights=masters, lr=[lr, 0.2], wd=wd)
 
     try:
         side_by_side(build, "eager", dtype, steps=3, grad_dtype=grad_dtype, shapes=((4, 5), (7,), (33, 4)))
