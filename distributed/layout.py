@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -175,14 +176,21 @@ class Layout:
         for index in range(len(self.params)):
             total[self.owner(index)] += params[index].numel
         owners: dict[int, int] = {}
-        for group in sorted({params[i].group for i in new}):
-            heap = [(0, load, rank) for rank, load in enumerate(total)]
-            heapq.heapify(heap)
-            for i in sorted((i for i in new if params[i].group == group), key=lambda i: (-params[i].numel, i)):
+        least = [(load, rank) for rank, load in enumerate(total)]
+        heapq.heapify(least)
+        by_group: dict[int, list[int]] = {}
+        for i in new:
+            by_group.setdefault(params[i].group, []).append(i)
+        for group in sorted(by_group):
+            members = sorted(by_group[group], key=lambda i: (-params[i].numel, i))
+            # A group of n parameters goes to the n ranks with the least load at most: the others need no look.
+            heap = [(0, *heapq.heappop(least)) for _ in range(min(len(members), self.world_size))]
+            for i in members:
                 in_group, load, rank = heap[0]
                 owners[i] = rank
-                total[rank] = load + params[i].numel
-                heapq.heapreplace(heap, (in_group + params[i].numel, total[rank], rank))
+                heapq.heapreplace(heap, (in_group + params[i].numel, load + params[i].numel, rank))
+            for _, load, rank in heap:
+                heapq.heappush(least, (load, rank))
         return owners
 
     def place(self, param: int) -> tuple[Bucket, Entry]:
@@ -218,6 +226,49 @@ class Layout:
     def elements(self, rank: int) -> int:
         """How many elements of parameters `rank` owns (padding not counted)."""
         return sum(stop - start for start, stop in (self.interval(i, rank) for i in range(len(self.params))))
+
+    def loads(self, weights: Sequence[int] | None = None) -> list[int]:
+        """For each rank its elements of parameters, each counted `weights[param]` times (once by default).
+
+        Takes time for parameters and for ranks, not for each pair of them.
+        """
+        loads = Loads(self.world_size)
+        for bucket in self.buckets:
+            share = bucket.numel // self.world_size
+            for entry in bucket.entries:
+                weight = 1 if weights is None else weights[entry.param]
+                if entry.owner is not None:
+                    loads.add(entry.owner, entry.owner + 1, weight * (entry.stop - entry.start))
+                elif share:
+                    loads.spread(entry.start, entry.stop, share, weight)
+        return loads.totals()
+
+
+class Loads:
+    """Numbers by rank that are added to intervals of ranks at once."""
+
+    def __init__(self, world_size: int) -> None:
+        self._steps = [0] * (world_size + 1)
+
+    def add(self, first: int, stop: int, amount: int) -> None:
+        """Add `amount` to the ranks `first` to `stop`."""
+        self._steps[first] += amount
+        self._steps[stop] -= amount
+
+    def spread(self, start: int, stop: int, share: int, weight: int) -> None:
+        """Add `weight` for each of the elements `start` to `stop`, of which every rank has `share` in a row."""
+        if start == stop:
+            return
+        first, last = start // share, (stop - 1) // share
+        if first == last:
+            return self.add(first, first + 1, weight * (stop - start))
+        self.add(first, first + 1, weight * ((first + 1) * share - start))
+        self.add(first + 1, last, weight * share)
+        return self.add(last, last + 1, weight * (stop - last * share))
+
+    def totals(self) -> list[int]:
+        """The number of every rank."""
+        return list(accumulate(self._steps[:-1]))
 
 
 def _align(count: int, dtype: torch.dtype, parts: int = 1) -> int:
