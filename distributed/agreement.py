@@ -52,16 +52,16 @@ class Agreement:
         specs = self._buffers.layout.params
         return [self._opt.steps_on(spec.group, p) for spec, p in zip(specs, self._buffers.params, strict=True)]
 
-    def settle(self, place: Place, gradients: Waiting) -> list[int]:
+    def settle(self, place: Place, gradients: Waiting, problem: str | None = None) -> list[int]:
         """The parameters that step now, once all ranks are at `place` and no gradient is left to be reduced.
 
-        Rounds of ranks that are still in a backward pass are joined.
+        Rounds of ranks that are still in a backward pass are joined. `problem` is why this rank cannot go on.
         """
         while True:
             stepping = self.stepping()
             has = [steps and gradients.has(i) for i, steps in enumerate(stepping)]
             waiting = any(steps and gradients.unreduced(i) for i, steps in enumerate(stepping))
-            in_round, any_waiting, any_has = self._ask(place, stepping, has, waiting, gradients.problem)
+            in_round, any_waiting, any_has = self._ask(place, stepping, has, waiting, problem or gradients.problem)
             if not in_round and not any_waiting:
                 return [i for i, there in enumerate(any_has) if there]
             gradients.reduce()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base import outside_compile
-from ..engine import Choice, GroupWork, Reduce
+from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..engine.describe import attribute
 from ..hypers import Group
 from ..optimizer import Optimizer
@@ -98,11 +98,15 @@ class ShardedOptimizer(AroundOptimizer):
         """Which executor runs each group on this rank, and why."""
         if self.layout.kind == "whole":
             return self.opt.engine
-        work = []
-        for group in range(len(self.param_groups)):
-            members = [i for i, spec in enumerate(self.layout.params) if spec.group == group]
-            work.append(self._work(group, members, [self._buffers.slice(i) for i in members]))
-        return self.opt.runner.choices(self.cbs, work)
+        work = self._slices(range(len(self.layout.params)))
+        return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
+
+    @property
+    def needs(self) -> Needs:
+        """What the chain must see of a parameter, see `Optimizer.needs`; `'whole'` in a layout of whole parameters."""
+        if self.layout.kind == "whole":
+            return "whole"
+        return self.opt.runner.needs(self.cbs, self._slices(range(len(self.layout.params))))
 
     # ---- stepping
 
@@ -128,7 +132,7 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._agreement.settle("step", self._gradients)
+        stepping = self._agreement.settle("step", self._gradients, self._not_recorded())
         if self.layout.kind == "whole":
             self._run_whole(stepping)
         else:
@@ -141,15 +145,13 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _run_slices(self, stepping: list[int]) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
-        work = []
-        for group, members in self._by_group(stepping):
-            slices = [self._buffers.slice(i) for i in members]
-            for i, part in zip(members, slices, strict=True):
-                grad = self._gradients.slice(i)
-                part.grad = torch.zeros_like(part) if grad is None else grad
-            work.append(self._work(group, members, slices))
+        work = self._slices(stepping)
+        for i in stepping:
+            part, grad = self._buffers.slice(i), self._gradients.slice(i)
+            part.grad = torch.zeros_like(part) if grad is None else grad
+        recorded = self._only_recorded
         try:
-            self.opt.run(work, self._reduce if self.needs == "norm" else None)
+            self.opt.run(work, self._reduce if recorded or chain_needs(self.cbs) == "norm" else None, recorded=recorded)
         finally:
             for each in work:
                 for part in each.params:
@@ -172,7 +174,29 @@ class ShardedOptimizer(AroundOptimizer):
             for p, grad in before:
                 p.grad = grad
 
-    def _by_group(self, stepping: list[int]) -> list[tuple[int, list[int]]]:
+    def _slices(self, params: Iterable[int]) -> list[GroupWork]:
+        """The work on this rank's slices of `params`."""
+        by_group = self._by_group(params)
+        return [self._work(group, members, [self._buffers.slice(i) for i in members]) for group, members in by_group]
+
+    @property
+    def _only_recorded(self) -> bool:
+        """Whether the chain may step slices only because its recording says so: not all cbs declare what they need."""
+        return self.layout.kind == "even" and bool(undeclared(self.cbs))
+
+    def _not_recorded(self) -> str | None:
+        """Why the chain cannot step slices now although its first recording could; None if it can."""
+        if not self._only_recorded:
+            return None
+        steps = self._agreement.stepping()
+        why = self.opt.runner.not_on_slices(self.cbs, self._slices(i for i, moves in enumerate(steps) if moves))
+        return why and (
+            f"this step cannot be made on slices of parameters: {why}. What {', '.join(undeclared(self.cbs))} must see "
+            f"of a parameter was found by recording, which now fails: declare it (cb.needs = 'elementwise', 'norm' or "
+            f"'whole'), or pass shard(..., layout='whole')"
+        )
+
+    def _by_group(self, stepping: Iterable[int]) -> list[tuple[int, list[int]]]:
         """The parameters `stepping` by group."""
         groups: dict[int, list[int]] = {}
         for i in stepping:
@@ -270,8 +294,9 @@ class ShardedOptimizer(AroundOptimizer):
 
     @property
     def _shaped(self) -> set[str]:
-        """Keys of states that the chain says are shaped like their parameter."""
-        return {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
+        """Keys of states that the chain says, or its recordings show, are shaped like their parameter."""
+        told = {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
+        return told | self.opt.program().whole_states()
 
     def _keep_own_state(self) -> None:
         """Cut whole states down to what this rank owns."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import _BaseOptimizer, outside_compile
-from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, chain_needs, keywords, requested
+from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values
 from .state import ParamState
@@ -82,8 +82,12 @@ class Optimizer(_BaseOptimizer):
 
     @property
     def needs(self) -> Needs:
-        """What the chain must see of a sharded parameter: `'elementwise'`, `'norm'` or `'whole'`."""
-        return chain_needs(self.cbs)
+        """What the chain must see of a sharded parameter: `'elementwise'`, `'norm'` or `'whole'`.
+
+        The callbacks declare it. Those that do not are recorded, with the present hyper-parameters, and it follows from
+        what they do; whole parameters are for what cannot be recorded.
+        """
+        return self.runner.needs(self.cbs, [self._everything(i) for i in range(len(self.param_groups))])
 
     @property
     def engine(self) -> tuple[Choice, ...]:
@@ -153,10 +157,16 @@ class Optimizer(_BaseOptimizer):
 
     @outside_compile
     @torch.no_grad()
-    def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
-        """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
+    def run(self, work: list[GroupWork], reduce: Reduce | None = None, *, recorded: bool = False) -> None:
+        """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes.
+
+        Args:
+            work: the tensors to step.
+            reduce: see `run_eager`.
+            recorded: refuse to run anything as it is, see `Engine.run`.
+        """
         self._warn_of_ignored_momentum(work)
-        self.runner.run(self.cbs, work, reduce)
+        self.runner.run(self.cbs, work, reduce, recorded=recorded)
 
     def _warn_of_ignored_momentum(self, work: list[GroupWork]) -> None:
         """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""
