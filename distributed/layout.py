@@ -42,13 +42,23 @@ Kind = Literal["even", "whole"]
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What a layout needs to know of one parameter: name, shape, dtype, index of its group, device."""
+    """What a layout needs to know of one parameter: name, shape, dtype, index of its group, device.
+
+    `cost` is what a step on all of it costs, in any unit, to balance the owners of a `whole` layout; by default its
+    number of elements.
+    """
 
     name: str
     shape: Shape
     dtype: torch.dtype
     group: int
     device: str = "cpu"
+    cost: float | None = None
+
+    @property
+    def load(self) -> float:
+        """What it counts for the balance of owners."""
+        return self.numel if self.cost is None else self.cost
 
     @property
     def numel(self) -> int:
@@ -167,14 +177,14 @@ class Layout:
         return Layout(self.kind, self.world_size, every, tuple(buckets), self.bucket_bytes)
 
     def _owners(self, params: Sequence[ParamSpec], new: Sequence[int]) -> dict[int, int]:
-        """An owner for each of `new`: per group the largest first, each to the rank with the least of that group.
+        """An owner for each of `new`: per group the dearest first, each to the rank with the least of that group.
 
         Ranks with equally much of the group are told apart by what they hold in all, then by their number. The order
         depends on the layout alone, so every rank comes to the same owners.
         """
-        total = [0] * self.world_size
+        total = [0.0] * self.world_size
         for index in range(len(self.params)):
-            total[self.owner(index)] += params[index].numel
+            total[self.owner(index)] += params[index].load
         owners: dict[int, int] = {}
         least = [(load, rank) for rank, load in enumerate(total)]
         heapq.heapify(least)
@@ -182,13 +192,13 @@ class Layout:
         for i in new:
             by_group.setdefault(params[i].group, []).append(i)
         for group in sorted(by_group):
-            members = sorted(by_group[group], key=lambda i: (-params[i].numel, i))
+            members = sorted(by_group[group], key=lambda i: (-params[i].load, i))
             # A group of n parameters goes to the n ranks with the least load at most: the others need no look.
-            heap = [(0, *heapq.heappop(least)) for _ in range(min(len(members), self.world_size))]
+            heap = [(0.0, *heapq.heappop(least)) for _ in range(min(len(members), self.world_size))]
             for i in members:
                 in_group, load, rank = heap[0]
                 owners[i] = rank
-                heapq.heapreplace(heap, (in_group + params[i].numel, load + params[i].numel, rank))
+                heapq.heapreplace(heap, (in_group + params[i].load, load + params[i].load, rank))
             for _, load, rank in heap:
                 heapq.heappush(least, (load, rank))
         return owners

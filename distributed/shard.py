@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -27,6 +27,7 @@ def shard(
     group: dist.ProcessGroup | None = None,
     *,
     layout: Kind | None = None,
+    cost: Callable[[Tensor], float] | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
@@ -44,6 +45,8 @@ def shard(
         group: the ranks that take part, all by default.
         layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
+        cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
+            elements by default.
         bucket_bytes: size of the flat buffers in bytes.
 
     Raises:
@@ -59,7 +62,7 @@ def shard(
         _check(opt, model, stage)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
-        specs = specs_of(opt.param_groups, model, ranks)
+        specs = specs_of(opt.param_groups, model, ranks, cost)
         report = {**_about(opt, stage, bucket_bytes), "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
@@ -68,6 +71,7 @@ def shard(
         raise problem
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage))
+    sharded.cost = cost
     _broadcast_rest(model, params, ranks)
     return sharded
 
@@ -84,6 +88,8 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             raise TypeError(
                 f"{type(cb.opt).__name__} couples all parameters and evaluates the loss itself: not shardable"
             )
+        if isinstance(cb, TorchStep) and isinstance(cb.opt, torch.optim.SparseAdam):
+            raise TypeError("SparseAdam takes sparse gradients, which have no slices: use Adam with dense gradients")
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard() takes the model as an nn.Module, got a {type(model).__name__}")
     if stage not in (1, 2):

@@ -43,6 +43,9 @@ class ShardedOptimizer(AroundOptimizer):
     In stage 2 a gradient leaves `p.grad` as soon as it is made, and `step` uses it up.
     """
 
+    #: What a step on a parameter costs, see `shard`.
+    cost: Callable[[Tensor], float] | None = None
+
     def __init__(
         self,
         opt: Optimizer,
@@ -264,7 +267,9 @@ class ShardedOptimizer(AroundOptimizer):
         try:
             self.opt.add_param_group(param_group)
             params = list(self.param_groups[index]["params"])
-            specs = [spec for spec in specs_of(self.param_groups, self.model, self._ranks) if spec.group == index]
+            specs = [
+                spec for spec in specs_of(self.param_groups, self.model, self._ranks, self.cost) if spec.group == index
+            ]
             report = about_groups(self.opt, specs)
         except Exception as error:
             problem, report = error, {"problem": str(error)}
