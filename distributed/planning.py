@@ -20,9 +20,9 @@ from ..engine import run_eager
 from ..optimizer import Optimizer
 from ..optimizers import Adam
 from ..wrapper import OptimWrapper
-from .gradients import IN_FLIGHT
 from .layout import BUCKET_BYTES, Kind, Layout, ParamSpec
 from .members import model_names
+from .reduced import IN_FLIGHT
 from .rows import REST, Rows, Unit, loads_of_rows, units_of
 
 Stage = Literal[1, 2, 3]

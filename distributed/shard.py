@@ -62,7 +62,7 @@ def shard(
         _check(opt, model, stage)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
-        specs = specs_of(opt.param_groups, model, ranks, cost)
+        specs = specs_of(opt, model, ranks, cost)
         report = {**_about(opt, stage, bucket_bytes), "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}

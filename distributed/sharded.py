@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from ..base import outside_compile
 from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
@@ -24,10 +25,11 @@ from .around import AroundOptimizer, refuse
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
-from .gradients import Gradients, LocalGradients, ReducedGradients
+from .gradients import Gradients, LocalGradients, scale
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
+from .reduced import ReducedGradients
 from .sharded_state import Held, consolidate, tensor_bytes
 
 StateDict = dict[str, Any]
@@ -67,7 +69,9 @@ class ShardedOptimizer(AroundOptimizer):
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
-            LocalGradients(self._buffers) if stage == 1 else ReducedGradients(ranks, self._buffers, self._agreement)
+            LocalGradients(ranks, self._buffers, self._agreement)
+            if stage == 1
+            else ReducedGradients(ranks, self._buffers, self._agreement)
         )
         self._keep_own_state()
         opt.register_step_pre_hook(refuse("step"))
@@ -135,16 +139,26 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._agreement.settle("step", self._gradients, self._not_recorded())
+        stepping = self._gradients.settle("step", self._not_recorded())
         if self.layout.kind == "whole":
             self._run_whole(stepping)
         else:
             self._run_slices(stepping)
-        self._buffers.gather(self._ranks, stepping)
+        self._gather(stepping)
         self._gradients.consumed()
         self._consolidated = None
-        self._agreement.steps += 1
+        self._agreement.stepped()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def _gather(self, stepping: list[int]) -> None:
+        """Bring the buckets of the parameters that have stepped from their owners to all ranks."""
+        pending = []
+        for wire in self._buffers.gathering(frozenset(stepping)):
+            flat = self._buffers.buckets[wire.bucket.index]
+            with record_function(f"fastopt gather {flat.label}"):
+                pending.append(self._ranks.gather(wire, flat.flat))
+        for each in pending:
+            each.wait()
 
     def _run_slices(self, stepping: list[int]) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
@@ -191,8 +205,7 @@ class ShardedOptimizer(AroundOptimizer):
         """Why the chain cannot step slices now although its first recording could; None if it can."""
         if not self._only_recorded:
             return None
-        steps = self._agreement.stepping()
-        why = self.opt.runner.not_on_slices(self.cbs, self._slices(i for i, moves in enumerate(steps) if moves))
+        why = self.opt.runner.not_on_slices(self.cbs, self._slices(sorted(self._agreement.stepping())))
         return why and (
             f"this step cannot be made on slices of parameters: {why}. What {', '.join(undeclared(self.cbs))} must see "
             f"of a parameter was found by recording, which now fails: declare it (cb.needs = 'elementwise', 'norm' or "
@@ -247,11 +260,10 @@ class ShardedOptimizer(AroundOptimizer):
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
-        members = self._agreement.settle("clip_grad_norm_", self._gradients)
-        parts = [part for part in map(self._gradients.slice, members) if part is not None]
+        parts = self._gradients.held(self._gradients.settle("clip_grad_norm_"))
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         total = total_norm(parts, float(norm_type), self._ranks, device).float()
-        self._gradients.scale(members, clip_factor(total, max_norm))
+        scale(parts, clip_factor(total, max_norm))
         return total
 
     # ---- groups
@@ -267,9 +279,7 @@ class ShardedOptimizer(AroundOptimizer):
         try:
             self.opt.add_param_group(param_group)
             params = list(self.param_groups[index]["params"])
-            specs = [
-                spec for spec in specs_of(self.param_groups, self.model, self._ranks, self.cost) if spec.group == index
-            ]
+            specs = [spec for spec in specs_of(self, self.model, self._ranks, self.cost) if spec.group == index]
             report = about_groups(self.opt, specs)
         except Exception as error:
             problem, report = error, {"problem": str(error)}
@@ -290,6 +300,7 @@ class ShardedOptimizer(AroundOptimizer):
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
+        self._agreement.grown(len(params))
 
     # ---- state
 
