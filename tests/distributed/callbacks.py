@@ -30,7 +30,7 @@ def counting_step(p: Tensor, lr: float, seen: int = 0, **kwargs: Any) -> dict[st
 def turning_step(p: Tensor, lr: float, seen: int = 0, grad_avg: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
     """Elementwise for two steps; then it looks at the order of the elements, which slices do not have."""
     assert p.grad is not None
-    grad = p.grad.reshape(-1).cumsum(0).view(p.shape) if seen >= 2 else p.grad
+    grad = p.grad.cumsum(0) if seen >= 2 else p.grad
     p.data.sub_(grad, alpha=lr)
     return {"seen": seen + 1}
 
