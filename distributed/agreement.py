@@ -1,39 +1,20 @@
-"""What the ranks of a sharded optimizer tell each other before they reduce, clip or step.
-
-See [Note: agreement] in consistency.py.
-"""
+"""What the ranks of a sharded optimizer must agree on: see [Note: agreement] in consistency.py."""
 
 from __future__ import annotations
 
+import marshal
 from collections import Counter
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from ..base import _BaseOptimizer
 from .buckets import Buffers
 from .collectives import Ranks
-from .consistency import BOTH_WAYS, agree, both_ways, disagree, equal_everywhere
+from .consistency import BOTH_WAYS, agree, both_ways, digest, disagree, equal_everywhere
+from .header import PLACES, Place, Verdict, encode
 
-Place = Literal["backward", "clip_grad_norm_", "step"]
-PLACES: tuple[Place, ...] = get_args(Place)
-
-
-class Waiting(Protocol):
-    """What is asked of the gradients. Parameters are known by their index in the layout."""
-
-    def has(self, param: int) -> bool:
-        """Whether the parameter has had a gradient on this rank."""
-
-    def unreduced(self, param: int) -> bool:
-        """Whether a gradient waits for a round."""
-
-    def reduce(self) -> None:
-        """Make a round that the ranks have agreed on, with what is unreduced on this rank. Collective."""
-
-    @property
-    def problem(self) -> str | None:
-        """Why the gradients cannot be used, None if they can."""
+Hypers = list[list[tuple[str, Any]]]
 
 
 class Agreement:
@@ -41,73 +22,142 @@ class Agreement:
 
     Attributes:
         steps: how many steps have been made.
+        active: the parameters that step if they have a gradient, as the ranks have last agreed.
     """
 
     def __init__(self, opt: _BaseOptimizer, ranks: Ranks, buffers: Buffers) -> None:
         self._opt, self._ranks, self._buffers = opt, ranks, buffers
         self.steps = 0
+        self.active = self.stepping()
+        self._told: bytes | None = None
+        self._unchecked: tuple[int, Hypers] | None = None
 
-    def stepping(self) -> list[bool]:
-        """For each parameter whether it steps if it has a gradient."""
-        specs = self._buffers.layout.params
-        return [self._opt.steps_on(spec.group, p) for spec, p in zip(specs, self._buffers.params, strict=True)]
+    def stepping(self) -> frozenset[int]:
+        """The parameters that step now if they have a gradient, by their index in the layout."""
+        params = self._buffers.params
+        frozen = [self._opt.is_frozen(i) for i in range(len(self._opt.param_groups))]
+        return frozenset(
+            i
+            for i, spec in enumerate(self._buffers.layout.params)
+            if not frozen[spec.group] or self._opt.steps_on(spec.group, params[i])
+        )
 
-    def settle(self, place: Place, gradients: Waiting) -> list[int]:
-        """The parameters that step now, once all ranks are at `place` and no gradient is left to be reduced.
+    def grown(self, count: int) -> None:
+        """Note that all ranks have taken in `count` parameters more, at the end."""
+        first = len(self._buffers.params) - count
+        self.active |= {i for i in self.stepping() if i >= first}
 
-        Rounds of ranks that are still in a backward pass are joined.
-        """
-        while True:
-            stepping = self.stepping()
-            has = [steps and gradients.has(i) for i, steps in enumerate(stepping)]
-            waiting = any(steps and gradients.unreduced(i) for i, steps in enumerate(stepping))
-            in_round, any_waiting, any_has = self._ask(place, stepping, has, waiting, gradients.problem)
-            if not in_round and not any_waiting:
-                return [i for i, there in enumerate(any_has) if there]
-            gradients.reduce()
+    # ---- without a collective of its own
 
-    def start_round(self, problem: str | None) -> None:
-        """Check in a backward pass that every rank reduces the same buckets. Hypers may still change until the step."""
-        self._ask("backward", self.stepping(), [False] * len(self._buffers.params), False, problem)
+    def header(self, place: Place, problem: str | None, changed: bool) -> list[int]:
+        """What this rank says in the first header of a round (see header.py)."""
+        self._told = self._hypers_digest()
+        active = self.stepping() if changed else self.active
+        problem = problem or self.misuse()
+        return encode(place, changed, problem is not None, digest((self.steps, sorted(active))), self._told)
 
-    def _ask(
-        self, place: Place, stepping: list[bool], has: list[bool], waiting: bool, problem: str | None
+    def accept(self, verdict: Verdict) -> None:
+        """Note that the headers of all ranks were alike."""
+        if verdict.same_hypers:
+            self._unchecked = None
+
+    def stepped(self) -> None:
+        """Note a step. Hypers that have changed since they were told are told once more, in the next round."""
+        if not self._ranks.alone and self._told is not None and self._hypers_digest() != self._told:
+            self._unchecked = self.steps, self._hypers()
+        self._told = None
+        self.steps += 1
+
+    # ---- with a message of its own
+
+    def ask(
+        self, place: Place, waiting: bool, problem: str | None, has: list[bool] | None = None
     ) -> tuple[bool, bool, list[bool]]:
-        """Whether any rank is in a backward pass, whether any has gradients to reduce, and which gradients any has."""
-        groups = range(len(self._opt.param_groups))
-        problem = self._misuse() or problem
-        frozen = [self._opt.is_frozen(i) for i in groups]
-        hypers = [self._hypers(i) for i in groups]
-        undecayed = [self._opt.state.get(p, {}).get("do_wd", True) for p in self._buffers.params]
+        """Exchange a message of its own, after which the ranks agree on what is active.
 
-        def report() -> dict[str, Any]:
-            told: dict[str, Any] = {"problem": problem} if problem else {}
-            told["where they are"] = f"{place}, after {self.steps} steps"
-            for i, values in enumerate(hypers):
-                told[f"group {i}"] = "frozen" if frozen[i] else "not frozen"
-                told.update({f"hyper {name!r} of group {i}": value for name, value in values})
-            for i, spec in enumerate(self._buffers.layout.params):
-                told[f"whether {spec.name!r} steps"] = stepping[i]
-                told[f"do_wd of {spec.name!r}"] = undecayed[i]
-            return told
+        Args:
+            place: where this rank is.
+            waiting: whether it has gradients to reduce.
+            problem: why its gradients cannot be used.
+            has: which gradients it has, or nothing.
 
-        facts = (problem, self.steps, frozen, stepping, undecayed)
+        Returns:
+            Whether any rank is in a backward pass, whether any is `waiting`, and which gradients any has.
+
+        Raises:
+            RanksDiffer: on all ranks. Hypers may differ while a rank is in a backward pass.
+            RuntimeError: there is a problem, and one rank only.
+        """
+        has = has or []
+        active = self.stepping()
+        problem = self.misuse() or problem
+        facts = (problem, self.steps, sorted(active), self._undecayed())
         at = [place == each for each in PLACES]
-        heard = agree(self._ranks, facts, [*at, waiting, *has, *both_ways(hypers)], report)
+        hypers = (self._hypers(), self._unchecked)
+        told = [*at, waiting, *has, *both_ways(hypers)]
+        heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
         in_round, clipping, in_step, any_waiting = map(bool, heard[:4])
-        same_hypers = equal_everywhere(heard[-BOTH_WAYS:]) or in_round
-        if (clipping and in_step) or not same_hypers:
-            disagree(self._ranks, report())
+        alike = equal_everywhere(heard[-BOTH_WAYS:])
+        if (clipping and in_step) or not (alike or in_round):
+            self.disagree(place, problem)
         if problem:
             raise RuntimeError(problem)
-        return in_round, any_waiting, [bool(each) for each in heard[4:-BOTH_WAYS]]
+        self.active = active
+        if alike:
+            self._unchecked, self._told = None, self._hypers_digest()
+        return in_round, any_waiting, [bool(each) for each in heard[4 : 4 + len(has)]]
 
-    def _hypers(self, group: int) -> list[tuple[str, Any]]:
-        """The hypers of a group as they are compared and shown."""
-        values = sorted(self._opt.hypers_of(group).items())
-        return [(name, value.tolist() if isinstance(value, Tensor) else value) for name, value in values]
+    def disagree(self, place: Place, problem: str | None) -> NoReturn:
+        """Raise what differs. Collective: all ranks have seen that something does."""
+        report = self.report(place, problem or self.misuse())
+        self._unchecked = None
+        disagree(self._ranks, report)
 
-    def _misuse(self) -> str | None:
+    def report(self, place: Place, problem: str | None) -> dict[str, Any]:
+        """What is compared, in words."""
+        active = self.stepping()
+        told: dict[str, Any] = {"problem": problem} if problem else {}
+        told["where they are"] = f"{place}, after {self.steps} steps"
+        for i, values in enumerate(self._hypers()):
+            told[f"group {i}"] = "frozen" if self._opt.is_frozen(i) else "not frozen"
+            told.update({f"hyper {name!r} of group {i}": value for name, value in values})
+        if self._unchecked is not None:
+            step, past = self._unchecked
+            for i, values in enumerate(past):
+                told.update({f"hyper {name!r} of group {i} in step {step}": value for name, value in values})
+        undecayed = set(self._undecayed())
+        for i, spec in enumerate(self._buffers.layout.params):
+            told[f"whether {spec.name!r} steps"] = i in active
+            told[f"do_wd of {spec.name!r}"] = i not in undecayed
+        return told
+
+    # ---- what is compared
+
+    def _hypers(self) -> Hypers:
+        """The hypers of all groups as they are compared and shown."""
+        return [
+            [
+                (name, value.tolist() if isinstance(value, Tensor) else value)
+                for name, value in sorted(self._opt.hypers_of(i).items())
+            ]
+            for i in range(len(self._opt.param_groups))
+        ]
+
+    def _hypers_digest(self) -> bytes:
+        """A digest of hypers and of marks that act like them, and of those that are still to be checked."""
+        facts = (self._hypers(), self._undecayed(), self._unchecked)
+        try:
+            return digest(marshal.dumps(facts, 2))
+        except ValueError:  # a value of a type of its own
+            return digest(facts)
+
+    def _undecayed(self) -> list[int]:
+        """The parameters that are marked `do_wd=False`."""
+        state = self._opt.state
+        params = self._buffers.params
+        return [i for i, p in enumerate(params) if p in state and not state[p].get("do_wd", True)]
+
+    def misuse(self) -> str | None:
         """What has been done to the parameters that sharding cannot follow."""
         displaced = self._buffers.displaced()
         if displaced:

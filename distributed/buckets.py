@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 
-from .collectives import Ranks
+from .header import EXTRA
 from .layout import Bucket, Layout
+from .wire import Wire, wire_of
+
+KEPT = 8
+"""Sets of active parameters whose wires are kept: freezing mostly changes between a few."""
 
 
 @dataclass
@@ -42,13 +45,16 @@ class Buffers:
         self.params: list[Tensor] = []
         self.buckets: list[FlatBucket] = []
         self._slices: dict[int, Tensor] = {}
-        self._spans: dict[int, tuple[int, int, int]] = {}
         self._homes: dict[int, int] = {}
+        self._reducing: dict[frozenset[int], tuple[Wire, ...]] = {}
+        self._gathering: dict[frozenset[int], tuple[Wire, ...]] = {}
         self.extend(layout, params)
 
     def extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
         """Take in `params`, the parameters of the buckets that `layout` has more than the present one."""
         self.layout = layout
+        self._reducing.clear()
+        self._gathering.clear()
         self.params += params
         for bucket in layout.buckets[len(self.buckets) :]:
             self.buckets.append(self._make(bucket))
@@ -64,8 +70,6 @@ class Buffers:
             self._homes[entry.param] = p.data_ptr()
             start, stop = bucket.interval(entry, self.rank)
             self._slices[entry.param] = home[start:stop]
-            first = entry.start + start - bucket.region(self.rank).start if stop > start else 0
-            self._spans[entry.param] = (bucket.index, first, first + stop - start)
         names = [self.layout.params[bucket.entries[i].param].name for i in (0, -1)]
         return FlatBucket(bucket, flat, f"bucket {bucket.index} ({names[0]} .. {names[1]})")
 
@@ -73,24 +77,41 @@ class Buffers:
         """The elements of parameter `param` that this rank owns, 1-d, a view of the parameter's memory."""
         return self._slices[param]
 
-    def span(self, param: int) -> tuple[int, int, int]:
-        """Where in this rank's regions the same elements are: index of the bucket, start and stop in its region."""
-        return self._spans[param]
-
     def cut(self, param: int, whole: Tensor) -> Tensor:
         """The same elements of `whole`, a tensor of the parameter's shape: a view if `whole` is contiguous."""
         start, stop = self.layout.interval(param, self.rank)
         return whole.reshape(-1)[start:stop]
 
-    def gather(self, ranks: Ranks, params: Iterable[int]) -> None:
-        """Bring the buckets of `params` from the owners of their regions to all ranks. Collective."""
-        pending = []
-        for index in sorted({self.layout.place(i)[0].index for i in params}):
-            flat = self.buckets[index]
-            with record_function(f"fastopt gather {flat.label}"):
-                pending.append(ranks.gather_bucket(flat.bucket, flat.flat))
-        for each in pending:
-            each.wait()
+    def reducing(self, params: Set[int]) -> tuple[Wire, ...]:
+        """The wires that reduce the gradients of `params`, in the order of their collectives.
+
+        The last bucket comes first, as backward makes gradients from the end; the first wire has the long header.
+        """
+        return self._wires(self._reducing, params, reversed(self.buckets), (EXTRA, 0))
+
+    def gathering(self, params: Set[int]) -> tuple[Wire, ...]:
+        """The wires that bring `params` from their owners, in the order in which a forward pass needs them."""
+        return self._wires(self._gathering, params, self.buckets, (None, None))
+
+    def _wires(
+        self,
+        known: dict[frozenset[int], tuple[Wire, ...]],
+        params: Set[int],
+        flats: Iterable[FlatBucket],
+        extra: tuple[int | None, int | None],
+    ) -> tuple[Wire, ...]:
+        """Wires of `flats`, with `extra` numbers in the header of the first and of the others; kept for a few sets."""
+        key = frozenset(params)
+        if key not in known:
+            if len(known) >= KEPT:
+                known.clear()
+            wires: list[Wire] = []
+            for flat in flats:
+                wire = wire_of(flat.bucket, key, extra[bool(wires)])
+                if wire is not None:
+                    wires.append(wire)
+            known[key] = tuple(wires)
+        return known[key]
 
     def displaced(self) -> list[str]:
         """Names of parameters whose memory is no longer in the buffer, because somebody has assigned `p.data`."""

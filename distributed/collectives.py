@@ -6,15 +6,17 @@ themselves (do we agree, which gradients exist) goes over Gloo on CPU memory: it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache, partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layout import Bucket, Region
+from .packing import own_part, unpack
+from .wire import Wire
 
 ProcessGroup = dist.ProcessGroup
 
@@ -23,17 +25,104 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class Pending:
-    """A collective under way; `wait` returns when its result may be used (on CUDA: by what is enqueued next)."""
+class Work(Protocol):
+    """A collective under way, as `torch.distributed` gives it."""
 
-    def __init__(self, works: list[Any]) -> None:
+    def wait(self) -> Any:
+        """Wait for it; on CUDA let the current stream wait."""
+
+
+class Pending:
+    """A collective under way; `wait` returns when its result may be used (on CUDA: by what is enqueued next).
+
+    `then` is called once, when the collective is done, to bring the result to its place.
+    """
+
+    def __init__(self, works: Sequence[Work], then: Callable[[], None] | None = None) -> None:
         self._works = works
+        self._then = then
+
+    def arrive(self) -> None:
+        """Wait for what has been received, as it is."""
+        for work in self._works:
+            work.wait()
 
     def wait(self) -> None:
         """Wait for all of it."""
-        for work in self._works:
-            work.wait()
-        self._works = []
+        self.arrive()
+        self._works = ()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
+
+
+class Reduction:
+    """A bucket's gradient being summed over the ranks.
+
+    Attributes:
+        mine: this rank's part of the sum, header included, once waited for.
+    """
+
+    def __init__(self, mine: Tensor, works: Sequence[Work], received: Tensor | None = None) -> None:
+        self.mine = mine
+        self._received = received
+        self._pending = Pending(works, self._add_up)
+
+    def _add_up(self) -> None:
+        """Sum what every rank has sent, in the order of the ranks: the result does not depend on who came first."""
+        if self._received is not None:
+            by_rank = self._received.view(-1, self.mine.numel())
+            self.mine.copy_(by_rank[0])
+            for other in by_rank[1:]:
+                self.mine.add_(other)
+            self._received = None
+
+    def wait(self) -> None:
+        """Wait for the sum."""
+        self._pending.wait()
+
+    def read(self, start: int, stop: int) -> Reading:
+        """Numbers `start` to `stop` of the sum for the host, without making the device's stream wait for them."""
+        return Reading(self._pending, lambda: self._numbers(start, stop), self.mine.device)
+
+    def _numbers(self, start: int, stop: int) -> Tensor:
+        if self._received is None:
+            return self.mine[start:stop].float()
+        return self._received.view(-1, self.mine.numel())[:, start:stop].float().sum(0)
+
+
+class Reading:
+    """A few numbers on their way to the host."""
+
+    def __init__(self, pending: Pending, numbers: Callable[[], Tensor], device: torch.device) -> None:
+        self._pending, self._numbers = pending, numbers
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            stream = _side_stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                pending.arrive()
+                found = numbers()
+                self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+                self._host.copy_(found, non_blocking=True)
+                self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._event.record()
+
+    def get(self) -> list[float]:
+        """The numbers; waits for them."""
+        if self._event is None:
+            self._pending.arrive()
+            self._host = self._numbers()
+        else:
+            self._event.synchronize()
+        values: list[float] = self._host.tolist()
+        return values
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which numbers are brought to the host."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -105,37 +194,43 @@ class Ranks:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def reduce_bucket(self, bucket: Bucket, full: Tensor) -> tuple[Tensor, Pending]:
-        """Sum the flat gradient `full` `[bucket.numel]` over the ranks; gives this rank's region, once waited for.
+    def reduce(self, wire: Wire, full: Tensor, dtype: torch.dtype | None = None) -> Reduction:
+        """Sum `full` `[wire.numel]` over the ranks; each gets its part. One collective.
 
-        `full` must live until then; its contents are undefined afterwards.
+        Args:
+            wire: how `full` is cut into parts.
+            full: must live until the reduction has been waited for; its contents are undefined afterwards.
+            dtype: of the sum, which is then made in the order of the ranks; None leaves the summing to the backend, if
+                all parts are equally long.
         """
-        region = bucket.region(self.rank)
-        if self.alone or not bucket.numel:
-            return full[region.start : region.stop], Pending([])
-        if bucket.owned is None:
-            mine = full.new_empty(region.numel)
-            return mine, Pending([_reduce_scatter(mine, full, group=self.group, async_op=True)])
-        works = [
-            dist.reduce(full[r.start : r.stop], self._global(r.rank), group=self.group, async_op=True)
-            for r in _filled(bucket)
-        ]
-        return full[region.start : region.stop], Pending(works)
+        size = wire.sizes[self.rank]
+        if self.alone:
+            return Reduction(full if dtype is None else full.to(dtype), ())
+        mine = full.new_empty(size, dtype=dtype)
+        if dtype is None and wire.even:
+            return Reduction(mine, [_reduce_scatter(mine, full, group=self.group, async_op=True)])
+        received = full.new_empty(size * self.world_size)
+        sizes = list(wire.sizes)
+        work = dist.all_to_all_single(received, full, [size] * self.world_size, sizes, group=self.group, async_op=True)
+        return Reduction(mine, [work], received)
 
-    def gather_bucket(self, bucket: Bucket, flat: Tensor) -> Pending:
-        """Fill the flat buffer `flat` `[bucket.numel]` in place from the regions of their owners."""
-        if self.alone or not bucket.numel:
-            return Pending([])
-        if bucket.owned is None:
-            region = bucket.region(self.rank)
-            mine = flat[region.start : region.stop]
-            return Pending([_all_gather(flat, mine, group=self.group, async_op=True)])
-        return Pending(
-            [
-                dist.broadcast(flat[r.start : r.stop], self._global(r.rank), group=self.group, async_op=True)
-                for r in _filled(bucket)
-            ]
-        )
+    def gather(self, wire: Wire, flat: Tensor) -> Pending:
+        """Fill the flat buffer `flat` of a bucket with the parts of their owners. One collective.
+
+        What is not on the wire is left alone.
+        """
+        if self.alone or not wire.numel:
+            return Pending(())
+        mine = own_part(wire, flat, self.rank)
+        received = flat.new_empty(wire.numel) if wire.flat is None else flat[slice(*wire.flat)]
+        then = partial(unpack, wire, received, flat) if wire.flat is None else None
+        if wire.even:
+            work = _all_gather(received, mine, group=self.group, async_op=True)
+        else:
+            sizes = [mine.numel()] * self.world_size
+            copies = mine.repeat(self.world_size)
+            work = dist.all_to_all_single(received, copies, list(wire.sizes), sizes, group=self.group, async_op=True)
+        return Pending([work], then)
 
     def largest_bytes(self, message: Tensor) -> Tensor:
         """The byte-wise maximum over the ranks of a uint8 CPU tensor, in place (the control message of a step)."""
@@ -172,11 +267,6 @@ class Ranks:
             dist.send(tensor.contiguous(), self._global(to), group=self._group_for(tensor))
         elif self.rank == to:
             dist.recv(tensor, self._global(source), group=self._group_for(tensor))
-
-
-def _filled(bucket: Bucket) -> list[Region]:
-    """The regions of a `whole` bucket that hold something."""
-    return [region for region in bucket.owned or () if region.numel]
 
 
 def _device_types(group: ProcessGroup | None) -> set[str]:

@@ -1,13 +1,24 @@
 """Do the ranks agree? A difference becomes the same exception on all of them, before anything is changed.
 
 [Note: agreement]
-Ranks exchange one small message of a fixed size: the digest of what must be equal, and a byte per thing to be told
-(which gradients there are, say). Only if the digests differ do they exchange *reports*, the same in words, and every
-rank raises the same `RanksDiffer`. A message precedes the collectives whose shapes depend on what was agreed, and it
-has one size wherever it is sent from: ranks that are in different places meet in a message, not in a hang.
+Collectives depend on what the ranks have *agreed* on: which parameters are active, that is, step if they have a
+gradient. In stage 2 the agreement costs no collective of its own. Each round of reductions begins with a collective
+whose shape follows from what was agreed on last, and whose header (header.py) says where each rank is and has digests
+of what is active now and of the hypers.
 
-Three places send messages: the first launch of a round in a backward pass, clipping, and the step. A rank that has made
-fewer backward passes than others is told so at its step (or clipping), and joins their rounds with zeros.
+  - All in a backward pass, all digests alike: this is what every step of an ordinary training is.
+  - A rank on which another set is active now than was agreed on sends an empty bucket in the old shape, and waits for
+    the headers. If all ranks have changed to the same set, it is agreed on, and they begin anew. If some have not, it
+    takes part in their round, and all ranks raise the same `RanksDiffer`.
+  - A rank that steps (or clips) without having made a round makes one, empty where it has no gradient. If it finds
+    others in a backward pass, all of them exchange a *message* of its own before whatever they do next, until all are
+    at the same place: a rank may have made no backward pass where others have made several.
+  - Hypers that differ are a matter of the step, and raise there. Those that were changed between the round and the step
+    are told with the next round, and raise at the next step.
+
+In stage 1 there is no reduction that could carry this: each step, and each clipping, exchanges one message. A message
+is the digest of what must be equal, and a byte per thing to be told (which gradients there are, say). Only if the
+digests differ do the ranks exchange *reports*, the same in words, and every rank raises the same exception.
 """
 
 from __future__ import annotations
@@ -56,8 +67,9 @@ def agree(ranks: Ranks, facts: Any, told: Sequence[int], report: Callable[[], Re
 
 def both_ways(facts: Any) -> list[int]:
     """The digest of `facts` and its complement, `BOTH_WAYS` numbers to be told."""
-    digest = _digest(facts)
-    return [*digest, *(255 - b for b in digest)]
+    told = digest(facts)
+    told = digest(facts)
+    return [*told, *(255 - b for b in told)]
 
 
 def equal_everywhere(largest: Sequence[int]) -> bool:
@@ -73,12 +85,14 @@ def disagree(ranks: Ranks, report: Report) -> NoReturn:
 
 def agree_fully(ranks: Ranks, report: Report) -> None:
     """As `agree`, for set-up, where nothing is known of the other ranks yet: reports may differ in length."""
-    if not ranks.alone and len(set(ranks.gather_objects(_digest(list(report.items()))))) > 1:
+    if not ranks.alone and len(set(ranks.gather_objects(digest(list(report.items()))))) > 1:
         disagree(ranks, report)
 
 
-def _digest(facts: Any) -> bytes:
-    return hashlib.blake2b(repr(facts).encode(), digest_size=DIGEST_BYTES).digest()
+def digest(facts: Any) -> bytes:
+    """`DIGEST_BYTES` that are the same on two ranks if `facts` are (bytes, or anything by its `repr`)."""
+    data = facts if isinstance(facts, bytes) else repr(facts).encode()
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
 def compare(reports: Sequence[Report]) -> NoReturn:

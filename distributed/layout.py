@@ -2,28 +2,33 @@
 
 Nothing here knows of processes or tensors, so a layout for 16,384 ranks is made and tested in one process.
 
-[Note: buckets and regions]
-Parameters of one group, one dtype and one device lie one after the other in *buckets*. A bucket is what one collective
-moves; rank `r` owns its *region* `r`. A parameter starts at a multiple of `ALIGN_BYTES`, the gap before it is padding.
+[Note: buckets, segments and regions]
+Parameters of one dtype and device lie one after the other in *buckets*, in the order of the model, whatever their
+groups. A bucket is what one collective moves. In it the parameters of each group form a *segment*, of which each rank
+owns an equal *region*. A parameter starts at a multiple of `ALIGN_BYTES`, the gap before it is padding (`.`).
 
-    bucket   | a a a a a a . . | b b b b b b b b b b b | c . . . . . |       (. is padding)
-    ranks    |-- 0 --|-- 1 --|-- 2 --|-- 3 --|                              layout 'even': equal regions, cut anywhere
-    ranks    |------- 1 -------|---------- 0 ----------|----- 1 -----|      is not allowed: a rank has one region
-    bucket   | b b b b b b b b b b b | a a a a a a . . c . . |               so 'whole' sorts a bucket by owner
-    ranks    |---------- 0 ----------|---------- 1 ----------|
+    bucket    | a a a a a a . . b b b b b b b b b b b . | c c c c c c . . |     layout 'even': two groups,
+    segments  |---------------- group 0 ----------------|---- group 1 ----|     so two segments,
+    ranks     |-- 0 --|-- 1 --|-- 2 --|-- 3 --|-- 4 ----|-0-|-1-|-2-|-3-|4|     each cut evenly, anywhere
 
-Regions of an `even` layout are equal on all ranks whatever the parameters are, and a bucket never mixes groups:
-freezing any set of groups leaves every rank with the same work. In a `whole` layout each parameter has one owner;
-owners are balanced within every group first, then over all groups.
+Whatever set of groups is frozen, every rank is left with the same work and the same memory, and what the collective
+moves is the other segments alone. Parameters that are marked `force_train` have segments of their own, so that they
+train in a frozen group without moving the rest of it.
+
+    bucket    | b b b b b b b b b b b | a a a a a a . . c c . |                 layout 'whole': one region per rank,
+    ranks     |---------- 0 ----------|---------- 1 ----------|                 the bucket is sorted by owner
+
+In a `whole` layout each parameter has one owner; owners are balanced within every group first, then over all groups.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -36,18 +41,39 @@ ALIGN_BYTES = 16
 BUCKET_BYTES = 25 * 2**20
 """Default size of a bucket. A larger parameter is a bucket of its own."""
 
+FIRST_BYTES = 2**20
+"""Size of the first bucket of a model: nothing is left to hide its reduction behind, at the end of backward."""
+
 Kind = Literal["even", "whole"]
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """What a layout needs to know of one parameter: name, shape, dtype, index of its group, device."""
+    """What a layout needs to know of one parameter.
+
+    Attributes:
+        name: in the model.
+        shape, dtype, device: of the parameter.
+        group: index of its group.
+        place: its position in the model; neighbours there share a bucket.
+        forced: whether it trains in a frozen group too.
+        cost: what a step on all of it costs, in any unit, to balance the owners of a `whole` layout; by default its
+            number of elements.
+    """
 
     name: str
     shape: Shape
     dtype: torch.dtype
     group: int
     device: str = "cpu"
+    place: int = 0
+    forced: bool = False
+    cost: float | None = None
+
+    @property
+    def load(self) -> float:
+        """What it counts for the balance of owners."""
+        return self.numel if self.cost is None else self.cost
 
     @property
     def numel(self) -> int:
@@ -83,36 +109,58 @@ class Region:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """The parameters of one group in a bucket, or all of a `whole` one: elements `start` to `stop` of its buffer."""
+
+    group: int
+    start: int
+    stop: int
+    entries: tuple[Entry, ...]
+
+    def region(self, rank: int, world_size: int) -> Region:
+        """What `rank` owns of it in an `even` layout."""
+        share = (self.stop - self.start) // world_size
+        return Region(rank, self.start + rank * share, self.start + (rank + 1) * share)
+
+
+@dataclass(frozen=True)
 class Bucket:
-    """Parameters of one group, dtype and device in one flat buffer of `numel` elements.
+    """Parameters of one dtype and device in one flat buffer of `numel` elements.
 
     `owned` lists the regions of a `whole` layout, one per rank that owns something, in the order of the buffer;
-    it is None in an `even` layout, where every rank owns `numel / world_size` elements.
+    it is None in an `even` layout, where every rank owns an equal part of each segment. A `whole` bucket is one
+    segment.
     """
 
     index: int
-    group: int
     dtype: torch.dtype
     device: str
     numel: int
     world_size: int
-    entries: tuple[Entry, ...]
+    segments: tuple[Segment, ...]
     owned: tuple[Region, ...] | None = None
 
-    def region(self, rank: int) -> Region:
-        """What `rank` owns of the flat buffer; empty, at its end, where it owns no parameter of a `whole` bucket."""
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """All parameters, in the order of the buffer."""
+        return tuple(entry for segment in self.segments for entry in segment.entries)
+
+    def regions(self, rank: int) -> tuple[Region, ...]:
+        """What `rank` owns of the flat buffer: a part of each segment, or its one region of a `whole` bucket."""
         if self.owned is None:
-            share = self.numel // self.world_size
-            return Region(rank, rank * share, (rank + 1) * share)
-        return self._by_rank.get(rank, Region(rank, self.numel, self.numel))
+            return tuple(segment.region(rank, self.world_size) for segment in self.segments)
+        return tuple(region for region in self.owned if region.rank == rank)
 
     @cached_property
-    def _by_rank(self) -> dict[int, Region]:
-        return {region.rank: region for region in self.owned or ()}
+    def _segment_of(self) -> dict[int, Segment]:
+        return {entry.param: segment for segment in self.segments for entry in segment.entries}
 
     def interval(self, entry: Entry, rank: int) -> tuple[int, int]:
         """The part of the flattened parameter at `entry` that `rank` owns; `(n, n)` where it owns nothing."""
-        region = self.region(rank)
+        count = entry.stop - entry.start
+        if self.owned is not None:
+            return (0, count) if entry.owner == rank else (count, count)
+        region = self._segment_of[entry.param].region(rank, self.world_size)
         start = min(max(region.start, entry.start), entry.stop)
         stop = max(min(region.stop, entry.stop), start)
         return start - entry.start, stop - entry.start
@@ -161,28 +209,36 @@ class Layout:
         every = self.params + new
         owners = self._owners(every, indices) if self.kind == "whole" else None
         buckets = list(self.buckets)
-        for members in _chunks(every, indices, self.bucket_bytes):
-            buckets.append(_bucket(len(buckets), every, members, self.world_size, owners))
+        for members in _chunks(every, indices, self.bucket_bytes, first=not buckets):
+            make = _even_bucket if owners is None else partial(_whole_bucket, owners)
+            buckets.append(make(len(buckets), every, members, self.world_size))
         return Layout(self.kind, self.world_size, every, tuple(buckets), self.bucket_bytes)
 
     def _owners(self, params: Sequence[ParamSpec], new: Sequence[int]) -> dict[int, int]:
-        """An owner for each of `new`: per group the largest first, each to the rank with the least of that group.
+        """An owner for each of `new`: per group the dearest first, each to the rank with the least of that group.
 
         Ranks with equally much of the group are told apart by what they hold in all, then by their number. The order
         depends on the layout alone, so every rank comes to the same owners.
         """
-        total = [0] * self.world_size
+        total = [0.0] * self.world_size
         for index in range(len(self.params)):
-            total[self.owner(index)] += params[index].numel
+            total[self.owner(index)] += params[index].load
         owners: dict[int, int] = {}
-        for group in sorted({params[i].group for i in new}):
-            heap = [(0, load, rank) for rank, load in enumerate(total)]
-            heapq.heapify(heap)
-            for i in sorted((i for i in new if params[i].group == group), key=lambda i: (-params[i].numel, i)):
+        least = [(load, rank) for rank, load in enumerate(total)]
+        heapq.heapify(least)
+        by_group: dict[int, list[int]] = {}
+        for i in new:
+            by_group.setdefault(params[i].group, []).append(i)
+        for group in sorted(by_group):
+            members = sorted(by_group[group], key=lambda i: (-params[i].load, i))
+            # A group of n parameters goes to the n ranks with the least load at most: the others need no look.
+            heap = [(0.0, *heapq.heappop(least)) for _ in range(min(len(members), self.world_size))]
+            for i in members:
                 in_group, load, rank = heap[0]
                 owners[i] = rank
-                total[rank] = load + params[i].numel
-                heapq.heapreplace(heap, (in_group + params[i].numel, total[rank], rank))
+                heapq.heapreplace(heap, (in_group + params[i].load, load + params[i].load, rank))
+            for _, load, rank in heap:
+                heapq.heappush(least, (load, rank))
         return owners
 
     def place(self, param: int) -> tuple[Bucket, Entry]:
@@ -219,26 +275,73 @@ class Layout:
         """How many elements of parameters `rank` owns (padding not counted)."""
         return sum(stop - start for start, stop in (self.interval(i, rank) for i in range(len(self.params))))
 
+    def loads(self, weights: Sequence[int] | None = None) -> list[int]:
+        """For each rank its elements of parameters, each counted `weights[param]` times (once by default).
 
-def _align(count: int, dtype: torch.dtype, parts: int = 1) -> int:
-    """`count` elements rounded up so that each of `parts` equal parts is a multiple of the alignment."""
+        Takes time for parameters and for ranks, not for each pair of them.
+        """
+        loads = Loads(self.world_size)
+        for bucket in self.buckets:
+            for segment in bucket.segments:
+                share = (segment.stop - segment.start) // self.world_size
+                for entry in segment.entries:
+                    weight = 1 if weights is None else weights[entry.param]
+                    if entry.owner is not None:
+                        loads.add(entry.owner, entry.owner + 1, weight * (entry.stop - entry.start))
+                    elif share:
+                        loads.spread(entry.start - segment.start, entry.stop - segment.start, share, weight)
+        return loads.totals()
+
+
+class Loads:
+    """Numbers by rank that are added to intervals of ranks at once."""
+
+    def __init__(self, world_size: int) -> None:
+        self._steps = [0] * (world_size + 1)
+
+    def add(self, first: int, stop: int, amount: int) -> None:
+        """Add `amount` to the ranks `first` to `stop`."""
+        self._steps[first] += amount
+        self._steps[stop] -= amount
+
+    def spread(self, start: int, stop: int, share: int, weight: int) -> None:
+        """Add `weight` for each of the elements `start` to `stop`, of which every rank has `share` in a row."""
+        if start == stop:
+            return
+        first, last = start // share, (stop - 1) // share
+        if first == last:
+            return self.add(first, first + 1, weight * (stop - start))
+        self.add(first, first + 1, weight * ((first + 1) * share - start))
+        self.add(first + 1, last, weight * share)
+        return self.add(last, last + 1, weight * (stop - last * share))
+
+    def totals(self) -> list[int]:
+        """The number of every rank."""
+        return list(accumulate(self._steps[:-1]))
+
+
+def aligned(count: int, dtype: torch.dtype, parts: int = 1) -> int:
+    """`count` elements of `dtype` rounded up so that each of `parts` equal parts is a multiple of the alignment."""
     unit = max(1, ALIGN_BYTES // dtype.itemsize) * parts
     return -(-count // unit) * unit
 
 
-def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int) -> list[list[int]]:
-    """The members of each bucket: consecutive parameters of one group, dtype and device up to `bucket_bytes`.
+def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int, first: bool) -> list[list[int]]:
+    """The members of each bucket: parameters of one dtype and device up to `bucket_bytes`, in the order of the model.
 
-    Buckets come in the order of their first parameter, so that registration order is kept as far as can be.
+    A bucket that one group has filled by half ends with the group: a bucket of one group is gathered in place.
     """
     chunks: list[list[int]] = []
-    filling: dict[tuple[int, torch.dtype, str], tuple[list[int], int]] = {}
-    for i in indices:
+    filling: dict[tuple[torch.dtype, str], tuple[list[int], int]] = {}
+    for i in sorted(indices, key=lambda i: (params[i].place, i)):
         spec = params[i]
-        key = (spec.group, spec.dtype, spec.device)
-        size = _align(spec.numel, spec.dtype) * spec.dtype.itemsize
+        key = (spec.dtype, spec.device)
+        size = aligned(spec.numel, spec.dtype) * spec.dtype.itemsize
         members, filled = filling.get(key, ([], 0))
-        if not members or filled + size > bucket_bytes:
+        room = min(bucket_bytes, FIRST_BYTES) if first and members and members is chunks[0] else bucket_bytes
+        groups = {params[j].group for j in members}
+        ends = len(groups) == 1 and spec.group not in groups and 2 * filled >= room
+        if not members or filled + size > room or ends:
             members, filled = [], 0
             chunks.append(members)
         members.append(i)
@@ -246,22 +349,45 @@ def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: i
     return chunks
 
 
-def _bucket(
-    index: int, params: Sequence[ParamSpec], members: list[int], world_size: int, owners: dict[int, int] | None
+def _even_bucket(index: int, params: Sequence[ParamSpec], members: list[int], world_size: int) -> Bucket:
+    """The bucket of an `even` layout that holds `members`: a segment for each group."""
+    first = params[members[0]]
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for i in members:
+        kinds.setdefault((params[i].group, params[i].forced), []).append(i)
+    segments: list[Segment] = []
+    at = 0
+    for (group, _), mine in kinds.items():
+        entries, stop = _place(params, mine, at)
+        stop = at + aligned(stop - at, first.dtype, world_size)
+        segments.append(Segment(group, at, stop, tuple(entries)))
+        at = stop
+    return Bucket(index, first.dtype, first.device, at, world_size, tuple(segments))
+
+
+def _whole_bucket(
+    owners: Mapping[int, int], index: int, params: Sequence[ParamSpec], members: list[int], world_size: int
 ) -> Bucket:
-    """The bucket that holds `members`, sorted by owner where there are owners."""
-    if owners is not None:
-        members = sorted(members, key=lambda i: (owners[i], i))
+    """The bucket of a `whole` layout that holds `members`, sorted by owner."""
     first = params[members[0]]
     entries: list[Entry] = []
-    bounds: dict[int, tuple[int, int]] = {}
+    regions: list[Region] = []
     at = 0
+    for owner in sorted({owners[i] for i in members}):
+        placed, stop = _place(params, [i for i in members if owners[i] == owner], at, owner)
+        entries += placed
+        regions.append(Region(owner, at, stop))
+        at = stop
+    segment = Segment(first.group, 0, at, tuple(entries))
+    return Bucket(index, first.dtype, first.device, at, world_size, (segment,), tuple(regions))
+
+
+def _place(
+    params: Sequence[ParamSpec], members: Iterable[int], at: int, owner: int | None = None
+) -> tuple[list[Entry], int]:
+    """Entries for `members` from element `at` on, and where the next parameter may start."""
+    entries = []
     for i in members:
-        stop = at + params[i].numel
-        entries.append(Entry(i, at, stop, None if owners is None else owners[i]))
-        if owners is not None:
-            bounds[owners[i]] = (bounds.get(owners[i], (at, at))[0], _align(stop, first.dtype))
-        at = _align(stop, first.dtype)
-    owned = None if owners is None else tuple(Region(rank, *bound) for rank, bound in bounds.items())
-    numel = at if owners is not None else _align(at, first.dtype, world_size)
-    return Bucket(index, first.group, first.dtype, first.device, numel, world_size, tuple(entries), owned)
+        entries.append(Entry(i, at, at + params[i].numel, owner))
+        at = aligned(at + params[i].numel, params[i].dtype)
+    return entries, at

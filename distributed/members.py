@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..base import _BaseOptimizer
 from ..optimizer import Optimizer
 from .buckets import shared_memory
 from .collectives import Ranks
@@ -27,22 +29,28 @@ def model_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def specs_of(groups: Iterable[dict[str, Any]], model: nn.Module, ranks: Ranks) -> list[ParamSpec]:
-    """What the layout needs of every parameter of `groups`; a ValueError names those that cannot be sharded."""
+Cost = Callable[[Tensor], float]
+
+
+def specs_of(opt: _BaseOptimizer, model: nn.Module, ranks: Ranks, cost: Cost | None = None) -> list[ParamSpec]:
+    """What the layout needs of every parameter of `opt`; a ValueError names those that cannot be sharded."""
     names = model_names(model)
+    places = {key: place for place, key in enumerate(names)}
     specs, named = [], []
-    for i, group in enumerate(groups):
+    for i, group in enumerate(opt.param_groups):
         for j, p in enumerate(group["params"]):
             if id(p) not in names:
                 own = [repr(group["param_names"][j])] if "param_names" in group else []
-                known = ", ".join([*own, f"shape {tuple(getattr(p, 'shape', ()))}"])
+                shown = ", ".join([*own, f"shape {tuple(getattr(p, 'shape', ()))}"])
                 raise ValueError(
-                    f"params[{j}] of group {i} ({known}) is not a parameter of the model: build the optimizer from "
+                    f"params[{j}] of group {i} ({shown}) is not a parameter of the model: build the optimizer from "
                     f"the parameters of the model that is sharded"
                 )
             name = names[id(p)]
             _check_param(name, p, ranks)
-            specs.append(ParamSpec(name, tuple(p.shape), p.dtype, i, str(p.device)))
+            forced = bool(opt.state.get(p, {}).get("force_train", False))
+            known = (name, tuple(p.shape), p.dtype, i, str(p.device), places[id(p)], forced)
+            specs.append(ParamSpec(*known, cost=_cost(name, p, cost)))
             named.append((name, p))
     others = [(names[id(p)], p) for p in model.parameters() if all(p is not q for _, q in named)]
     shared = shared_memory([(name, p) for name, p in named + others if p.device.type != "meta"])
@@ -52,6 +60,14 @@ def specs_of(groups: Iterable[dict[str, Any]], model: nn.Module, ranks: Ranks) -
             f"same Parameter to both modules"
         )
     return specs
+
+
+def _cost(name: str, p: Tensor, cost: Cost | None) -> float | None:
+    """What a step on `p` costs."""
+    found = None if cost is None else float(cost(p))
+    if found is not None and not 0 <= found < math.inf:
+        raise ValueError(f"the cost of {name!r} is {found}, expected a number that is not negative")
+    return found
 
 
 def _check_param(name: str, p: Tensor, ranks: Ranks) -> None:
@@ -73,7 +89,10 @@ def about_groups(opt: Optimizer, specs: Sequence[ParamSpec]) -> dict[str, Any]:
     for spec in specs:
         j = place[spec.group] = place.get(spec.group, -1) + 1
         device = spec.device.partition(":")[0]
-        report[f"params[{j}] of group {spec.group}"] = f"{spec.name!r} {spec.shape} {spec.dtype} on {device}"
+        more = ", force_train" if spec.forced else ""
+        more += "" if spec.cost is None else f", cost {spec.cost}"
+        report[f"params[{j}] of group {spec.group}"] = f"{spec.name!r} {spec.shape} {spec.dtype} on {device}{more}"
+    report["order in the model"] = ", ".join(spec.name for spec in sorted(specs, key=lambda spec: spec.place))
     for i, group in enumerate(opt.param_groups):
         report[f"group {i}"] = f"{len(group['params'])} parameters{', frozen' if opt.is_frozen(i) else ''}"
         for name, value in sorted(opt.hypers_of(i).items()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..engine import cb_name
+from ..engine import cb_name, undeclared
 from ..optimizer import Optimizer
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
@@ -26,6 +26,8 @@ def shard(
     stage: int = 2,
     group: dist.ProcessGroup | None = None,
     *,
+    layout: Kind | None = None,
+    cost: Callable[[Tensor], float] | None = None,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
@@ -41,6 +43,10 @@ def shard(
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
         group: the ranks that take part, all by default.
+        layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
+            the chain needs: `opt.needs` is found by recording where a callback does not declare it.
+        cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
+            elements by default.
         bucket_bytes: size of the flat buffers in bytes.
 
     Raises:
@@ -48,23 +54,24 @@ def shard(
         TypeError, ValueError: on all ranks, something that cannot be sharded.
     """
     ranks = Ranks.of(group)
+    kind: Kind = "even"
     params: list[Tensor] = []
     specs: list[ParamSpec] = []
     problem: Exception | None = None
     try:
         _check(opt, model, stage)
+        kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
-        specs = specs_of(opt.param_groups, model, ranks)
-        report = {**_about(opt, stage, bucket_bytes), **about_groups(opt, specs)}
+        specs = specs_of(opt, model, ranks, cost)
+        report = {**_about(opt, stage, bucket_bytes), "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
     if problem:
         raise problem
-    kind: Kind = "whole" if opt.needs == "whole" else "even"
-    layout = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
-
-    sharded = ShardedOptimizer(opt, model, ranks, layout, params, cast(Literal[1, 2], stage))
+    made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
+    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage))
+    sharded.cost = cost
     _broadcast_rest(model, params, ranks)
     return sharded
 
@@ -81,6 +88,8 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             raise TypeError(
                 f"{type(cb.opt).__name__} couples all parameters and evaluates the loss itself: not shardable"
             )
+        if isinstance(cb, TorchStep) and isinstance(cb.opt, torch.optim.SparseAdam):
+            raise TypeError("SparseAdam takes sparse gradients, which have no slices: use Adam with dense gradients")
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard() takes the model as an nn.Module, got a {type(model).__name__}")
     if stage not in (1, 2):
@@ -91,6 +100,21 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name!r} makes sparse gradients, which have no slices: build it with sparse=False")
+
+
+def _kind(opt: Optimizer, layout: str | None) -> Kind:
+    """The kind of layout that was asked for, or that the chain needs."""
+    if layout not in (None, "even", "whole"):
+        raise ValueError(f"layout is 'even' or 'whole', got {layout!r}")
+    if layout == "whole":
+        return "whole"
+    if opt.needs != "whole":
+        return "even"
+    if layout == "even":
+        unsaid = undeclared(opt.cbs)
+        hint = f" (or says nothing and cannot be recorded: {', '.join(unsaid)})" if unsaid else ""
+        raise ValueError(f"layout='even' cuts parameters, but a callback of the chain needs whole ones{hint}")
+    return "whole"
 
 
 def _about(opt: Optimizer, stage: int, bucket_bytes: int) -> dict[str, Any]:

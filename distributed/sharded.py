@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from ..base import outside_compile
-from ..engine import Choice, GroupWork, Reduce
+from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..engine.describe import attribute
 from ..hypers import Group
 from ..optimizer import Optimizer
@@ -24,10 +25,11 @@ from .around import AroundOptimizer, refuse
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
-from .gradients import Gradients, LocalGradients, ReducedGradients
+from .gradients import Gradients, LocalGradients, scale
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
+from .reduced import ReducedGradients
 from .sharded_state import Held, consolidate, tensor_bytes
 
 StateDict = dict[str, Any]
@@ -42,6 +44,9 @@ class ShardedOptimizer(AroundOptimizer):
 
     In stage 2 a gradient leaves `p.grad` as soon as it is made, and `step` uses it up.
     """
+
+    #: What a step on a parameter costs, see `shard`.
+    cost: Callable[[Tensor], float] | None = None
 
     def __init__(
         self,
@@ -64,7 +69,9 @@ class ShardedOptimizer(AroundOptimizer):
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
-            LocalGradients(self._buffers) if stage == 1 else ReducedGradients(ranks, self._buffers, self._agreement)
+            LocalGradients(ranks, self._buffers, self._agreement)
+            if stage == 1
+            else ReducedGradients(ranks, self._buffers, self._agreement)
         )
         self._keep_own_state()
         opt.register_step_pre_hook(refuse("step"))
@@ -98,11 +105,15 @@ class ShardedOptimizer(AroundOptimizer):
         """Which executor runs each group on this rank, and why."""
         if self.layout.kind == "whole":
             return self.opt.engine
-        work = []
-        for group in range(len(self.param_groups)):
-            members = [i for i, spec in enumerate(self.layout.params) if spec.group == group]
-            work.append(self._work(group, members, [self._buffers.slice(i) for i in members]))
-        return self.opt.runner.choices(self.cbs, work)
+        work = self._slices(range(len(self.layout.params)))
+        return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
+
+    @property
+    def needs(self) -> Needs:
+        """What the chain must see of a parameter, see `Optimizer.needs`; `'whole'` in a layout of whole parameters."""
+        if self.layout.kind == "whole":
+            return "whole"
+        return self.opt.runner.needs(self.cbs, self._slices(range(len(self.layout.params))))
 
     # ---- stepping
 
@@ -128,28 +139,36 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._agreement.settle("step", self._gradients)
+        stepping = self._gradients.settle("step", self._not_recorded())
         if self.layout.kind == "whole":
             self._run_whole(stepping)
         else:
             self._run_slices(stepping)
-        self._buffers.gather(self._ranks, stepping)
+        self._gather(stepping)
         self._gradients.consumed()
         self._consolidated = None
-        self._agreement.steps += 1
+        self._agreement.stepped()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def _gather(self, stepping: list[int]) -> None:
+        """Bring the buckets of the parameters that have stepped from their owners to all ranks."""
+        pending = []
+        for wire in self._buffers.gathering(frozenset(stepping)):
+            flat = self._buffers.buckets[wire.bucket.index]
+            with record_function(f"fastopt gather {flat.label}"):
+                pending.append(self._ranks.gather(wire, flat.flat))
+        for each in pending:
+            each.wait()
 
     def _run_slices(self, stepping: list[int]) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
-        work = []
-        for group, members in self._by_group(stepping):
-            slices = [self._buffers.slice(i) for i in members]
-            for i, part in zip(members, slices, strict=True):
-                grad = self._gradients.slice(i)
-                part.grad = torch.zeros_like(part) if grad is None else grad
-            work.append(self._work(group, members, slices))
+        work = self._slices(stepping)
+        for i in stepping:
+            part, grad = self._buffers.slice(i), self._gradients.slice(i)
+            part.grad = torch.zeros_like(part) if grad is None else grad
+        recorded = self._only_recorded
         try:
-            self.opt.run(work, self._reduce if self.needs == "norm" else None)
+            self.opt.run(work, self._reduce if recorded or chain_needs(self.cbs) == "norm" else None, recorded=recorded)
         finally:
             for each in work:
                 for part in each.params:
@@ -172,7 +191,28 @@ class ShardedOptimizer(AroundOptimizer):
             for p, grad in before:
                 p.grad = grad
 
-    def _by_group(self, stepping: list[int]) -> list[tuple[int, list[int]]]:
+    def _slices(self, params: Iterable[int]) -> list[GroupWork]:
+        """The work on this rank's slices of `params`."""
+        by_group = self._by_group(params)
+        return [self._work(group, members, [self._buffers.slice(i) for i in members]) for group, members in by_group]
+
+    @property
+    def _only_recorded(self) -> bool:
+        """Whether the chain may step slices only because its recording says so: not all cbs declare what they need."""
+        return self.layout.kind == "even" and bool(undeclared(self.cbs))
+
+    def _not_recorded(self) -> str | None:
+        """Why the chain cannot step slices now although its first recording could; None if it can."""
+        if not self._only_recorded:
+            return None
+        why = self.opt.runner.not_on_slices(self.cbs, self._slices(sorted(self._agreement.stepping())))
+        return why and (
+            f"this step cannot be made on slices of parameters: {why}. What {', '.join(undeclared(self.cbs))} must see "
+            f"of a parameter was found by recording, which now fails: declare it (cb.needs = 'elementwise', 'norm' or "
+            f"'whole'), or pass shard(..., layout='whole')"
+        )
+
+    def _by_group(self, stepping: Iterable[int]) -> list[tuple[int, list[int]]]:
         """The parameters `stepping` by group."""
         groups: dict[int, list[int]] = {}
         for i in stepping:
@@ -220,11 +260,10 @@ class ShardedOptimizer(AroundOptimizer):
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
-        members = self._agreement.settle("clip_grad_norm_", self._gradients)
-        parts = [part for part in map(self._gradients.slice, members) if part is not None]
+        parts = self._gradients.held(self._gradients.settle("clip_grad_norm_"))
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         total = total_norm(parts, float(norm_type), self._ranks, device).float()
-        self._gradients.scale(members, clip_factor(total, max_norm))
+        scale(parts, clip_factor(total, max_norm))
         return total
 
     # ---- groups
@@ -240,7 +279,7 @@ class ShardedOptimizer(AroundOptimizer):
         try:
             self.opt.add_param_group(param_group)
             params = list(self.param_groups[index]["params"])
-            specs = [spec for spec in specs_of(self.param_groups, self.model, self._ranks) if spec.group == index]
+            specs = [spec for spec in specs_of(self, self.model, self._ranks, self.cost) if spec.group == index]
             report = about_groups(self.opt, specs)
         except Exception as error:
             problem, report = error, {"problem": str(error)}
@@ -261,6 +300,7 @@ class ShardedOptimizer(AroundOptimizer):
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
+        self._agreement.grown(len(params))
 
     # ---- state
 
@@ -270,8 +310,9 @@ class ShardedOptimizer(AroundOptimizer):
 
     @property
     def _shaped(self) -> set[str]:
-        """Keys of states that the chain says are shaped like their parameter."""
-        return {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
+        """Keys of states that the chain says, or its recordings show, are shaped like their parameter."""
+        told = {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
+        return told | self.opt.program().whole_states()
 
     def _keep_own_state(self) -> None:
         """Cut whole states down to what this rank owns."""

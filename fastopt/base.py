@@ -19,6 +19,7 @@ from .hypers import (
     same_tensor_everywhere,
     set_item_pg,
 )
+from .parts import box_of, is_spread
 from .pieces import Box
 from .state import ParamState, flags_of
 
@@ -259,8 +260,11 @@ class _BaseOptimizer(torch.optim.Optimizer):
         self.state = ParamState.of((p, marks) for p, entry in self.state.items() if (marks := flags_of(entry)))
 
     def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
-        """Which boxes of a state of `p` with global `shape` this process holds: here, all of it."""
-        return [Box.whole(shape)]
+        """Which boxes of a state of `p` with global `shape` this process holds: all of it, or a part of a DTensor."""
+        if not is_spread(p) or tuple(shape) != tuple(p.shape):
+            return [Box.whole(shape)]
+        box = box_of(p)
+        return [box] if box.numel else []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: getattr(self, name) for name in self._kept}}

@@ -6,7 +6,8 @@ state have the shape of `p` unless said otherwise. Three attributes describe a c
 
 - `defaults`: hyper-parameters it brings, with their values.
 - `needs`: what it must see of a parameter when the parameter is sharded. `'elementwise'`: any part; `'norm'`: any
-  part, and norms of the whole through `whole_norm`; `'whole'` (assumed where nothing is declared): all of it.
+  part, and norms of the whole through `whole_norm`; `'whole'`: all of it. Where nothing is declared it is found by
+  recording the chain: `'whole'` if that is not possible.
 - `like_param`: names of states that have the parameter's shape, so that a checkpoint of another shape is refused.
 
 Notation in the formulas: p parameter, g gradient, a `grad_avg`, v `sqr_avg`, t `step`, m `mom`, s `sqr_mom`.

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .base import _BaseOptimizer, outside_compile, tensors_of
-from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, chain_needs, keywords, requested
+from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values
+from .parts import Sharers, any_spread, grad_norm, part_work, run_parts, take
 from .state import ParamState
 from .state_dict import load_state_dict, make_state_dict
 from .watched import Watch, Watched
@@ -107,13 +108,22 @@ class Optimizer(_BaseOptimizer):
 
     @property
     def needs(self) -> Needs:
-        """What the chain must see of a sharded parameter: `'elementwise'`, `'norm'` or `'whole'`."""
-        return chain_needs(self.cbs)
+        """What the chain must see of a sharded parameter: `'elementwise'`, `'norm'` or `'whole'`.
+
+        The callbacks declare it. Those that do not are recorded, with the present hyper-parameters, and it follows from
+        what they do; whole parameters are for what cannot be recorded.
+        """
+        return self.runner.needs(self.cbs, part_work(self._everything()))
 
     @property
     def engine(self) -> tuple[Choice, ...]:
         """Which executor runs each group, and why: `eager` where a callback cannot be recorded."""
-        return self.runner.choices(self.cbs, [self._everything(i) for i in range(len(self.param_groups))])
+        work = self._everything()
+        if not any_spread(work):
+            return self.runner.choices(self.cbs, work)
+        if self.needs == "whole":
+            return tuple(Choice(w.index, "eager", "it needs whole parameters, and these are DTensors") for w in work)
+        return self.runner.choices(self.cbs, part_work(work), recorded=bool(undeclared(self.cbs)))
 
     def program(self) -> Programs:
         """What the chain has been recorded as in the steps so far; print it to see what runs."""
@@ -141,10 +151,13 @@ class Optimizer(_BaseOptimizer):
             self._made_runner = Engine(self._engine, self.master_weights)
         return self._made_runner
 
-    def _everything(self, i: int) -> GroupWork:
-        """The work of group `i` if all its parameters had gradients."""
-        params = [p for p in self.param_groups[i]["params"] if isinstance(p, Tensor)]
-        return self.group_work(i, params, [self.state[p] for p in params])
+    def _everything(self) -> list[GroupWork]:
+        """The work if all parameters had gradients."""
+        work = []
+        for i, group in enumerate(self.param_groups):
+            params = [p for p in group["params"] if isinstance(p, Tensor)]
+            work.append(self.group_work(i, params, [self.state[p] for p in params]))
+        return work
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient and is not frozen.
@@ -167,8 +180,10 @@ class Optimizer(_BaseOptimizer):
     def _step_groups(self) -> None:
         """Step everything that has a gradient and is not frozen."""
         if not self._repeat(launch=True):
-            self.run(list(self._work()))
-            self.runner.expect(self.param_groups, cast(ParamState, self.state), list(self._idle()))
+            work = list(self._work())
+            self.run(work)
+            if not any_spread(work):
+                self.runner.expect(self.param_groups, cast(ParamState, self.state), list(self._idle()))
 
     def _repeat(self, launch: bool) -> bool:
         """Make a step that is like the last one, with kernels or without; tells whether it was made."""
@@ -193,9 +208,50 @@ class Optimizer(_BaseOptimizer):
 
     @outside_compile
     @torch.no_grad()
-    def run(self, work: list[GroupWork], reduce: Reduce | None = None) -> None:
-        """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes."""
-        self.runner.run(self.cbs, work, reduce)
+    def run(self, work: list[GroupWork], reduce: Reduce | None = None, *, recorded: bool = False) -> None:
+        """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes.
+
+        Args:
+            work: the tensors to step.
+            reduce: see `run_eager`.
+            recorded: refuse to run anything as it is, see `Engine.run`.
+        """
+        if any_spread(work):
+            self._made_engines: dict[Sharers | None, Engine] = getattr(self, "_made_engines", {})
+            run_parts(self, work, self._made_engines)
+        else:
+            self.run_tensors(work, reduce, recorded=recorded)
+
+    def run_tensors(
+        self,
+        work: list[GroupWork],
+        reduce: Reduce | None = None,
+        *,
+        recorded: bool = False,
+        engine: Engine | None = None,
+    ) -> None:
+        """As `run`, where DTensors are no more than tensors with rules of their own; `engine` instead of the usual."""
+        (engine or self.runner).run(self.cbs, work, reduce, recorded=recorded)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients of all parameters that step so that their norm together is at most `max_norm`.
+
+        Parameters may be DTensors: the norm is that of whole gradients, at the price of one small all-reduce for each
+        dimension of a mesh that cuts them. Gradients of frozen parameters do not count.
+
+        Returns:
+            The norm before clipping, a 0-d tensor on the device of the gradients.
+
+        Raises:
+            ValueError: `norm_type` is not positive.
+        """
+        stepping = [p for i, group in enumerate(self.param_groups) for p in group["params"] if self.steps_on(i, p)]
+        total, grads = grad_norm([p for p in stepping if isinstance(p, Tensor)], float(norm_type))
+        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(factor.to(grad.device))
+        return total.float()
 
     def _hypers_to_run(self, i: int) -> dict[str, Any]:
         """The hypers of group `i` for a step."""
@@ -244,7 +300,7 @@ class Optimizer(_BaseOptimizer):
         if isinstance(value, Tensor):
             if key == "step" and value.numel() == 1:
                 return int(value)
-            return value.to(p.device) if isinstance(p, Tensor) else value
+            return take(p, value.to(p.device)) if isinstance(p, Tensor) else value
         return value
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from .engine.describe import attribute
 from .engine.master import MASTER
 from .hypers import Group, same_tensor_everywhere
+from .parts import shown_state
 from .state import FLAGS, ParamState, flags_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def make_state_dict(opt: Optimizer) -> dict[str, Any]:
     """State and groups of `opt` in torch's shape, with new containers around the live tensors."""
     for pre_hook in opt._optimizer_state_dict_pre_hooks.values():
         pre_hook(opt)
-    packed = pack(opt.param_groups, opt.state)
+    packed = pack(opt.param_groups, shown_state(opt.state))
     for post_hook in opt._optimizer_state_dict_post_hooks.values():
         packed = post_hook(opt, packed) or packed
     return packed

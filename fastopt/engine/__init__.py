@@ -1,7 +1,7 @@
 """How a chain of callbacks runs over the tensors of a step: recorded as a program where it can be, else as it is."""
 
 from .choice import Choice, requested
-from .describe import Needs, cb_name, chain_defaults, chain_needs, keywords
+from .describe import Needs, cb_name, chain_defaults, chain_needs, keywords, undeclared
 from .eager import run_eager
 from .program import Program, Programs
 from .run import Engine
@@ -21,4 +21,5 @@ __all__ = [
     "keywords",
     "requested",
     "run_eager",
+    "undeclared",
 ]

@@ -55,8 +55,18 @@ def needs_of(cb: Callable[..., Any]) -> Needs:
     return needs  # type: ignore[no-any-return]
 
 
+def undeclared(cbs: Iterable[Callable[..., Any]]) -> list[str]:
+    """The names of the cbs that do not say what they need."""
+    return [cb_name(cb) for cb in cbs if attribute(cb, "needs", None) is None]
+
+
+def larger(a: Needs, b: Needs) -> Needs:
+    """The larger of two needs."""
+    return max(a, b, key=_ORDER.index)
+
+
 def chain_needs(cbs: Iterable[Callable[..., Any]]) -> Needs:
-    """The largest need along a chain."""
+    """The largest need along a chain, where a cb that does not say needs whole parameters."""
     return max((needs_of(cb) for cb in cbs), key=_ORDER.index, default="elementwise")
 
 

@@ -144,6 +144,11 @@ class Program:
 class Programs(tuple[Program, ...]):
     """The different programs of one chain; prints them all."""
 
+    def whole_states(self) -> set[str]:
+        """The names of the states that are written with one element per element of the parameter."""
+        outputs = (out for program in self for out in program.outputs if out.whole)
+        return {out.place.removeprefix("state ") for out in outputs if out.place.startswith("state ")}
+
     def __str__(self) -> str:
         return "\n\n".join(map(str, self)) or "nothing is recorded: no step was made, or the chain runs as it is"
 

@@ -14,6 +14,7 @@ from ..watched import watch_of
 from .blocks import run_blocks
 from .chain import Chain
 from .choice import Choice, requested
+from .describe import Needs, attribute, chain_needs, larger, undeclared
 from .eager import run_eager
 from .master import add_masters
 from .numba_run import can_run, numba_is_there, run_numba
@@ -22,6 +23,9 @@ from .program import Program
 from .steady import Steady, Whole
 from .triton_run import TritonRuns, interpreted, triton_is_there
 from .work import GroupWork, Reduce
+
+#: Why a recording does not do for slices.
+NOT_ADDITIVE = "a reduction that cannot be added up over processes"
 
 #: Why a chain that can be recorded runs `eager`.
 AS_IT_IS = "on the CPU a chain with norms is faster as it is"
@@ -44,9 +48,51 @@ class Engine:
         self._steady: Steady | None = None
         self._whole: Whole | None = None
 
-    def run(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None = None) -> None:
-        """Run the chain on all of the work, in place; the arguments are those of `run_eager`."""
-        self._run(cbs, work, reduce, launch=True)
+    def run(
+        self,
+        cbs: Sequence[Callable[..., Any]],
+        work: Sequence[GroupWork],
+        reduce: Reduce | None = None,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        """Run the chain on all of the work, in place; the other arguments are those of `run_eager`.
+
+        Args:
+            recorded: the tensors are slices, and that this is right is known from the recording only.
+
+        Raises:
+            RuntimeError: `recorded`, and something would have to run as it is. Nothing has changed then.
+        """
+        self._run(cbs, work, reduce, launch=True, recorded=recorded)
+
+    def needs(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> Needs:
+        """What the chain must see of a sharded parameter, as far as the hypers and states of `work` tell.
+
+        Where a cb does not say, its recording does: it needs norms if it reduces, all of a parameter if it cannot be
+        recorded, else any part.
+        """
+        if not undeclared(cbs):
+            return chain_needs(cbs)
+        declared = chain_needs([cb for cb in cbs if attribute(cb, "needs", None) is not None])
+        if declared == "whole" or self.not_on_slices(cbs, work) is not None:
+            return "whole"
+        cohorts, _ = make_cohorts(self._chain_of(cbs), work)
+        if not cohorts:
+            return "whole"
+        return larger(declared, "norm" if any(map(_reduces, cohorts)) else "elementwise")
+
+    def not_on_slices(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> str | None:
+        """Why a chain whose cbs do not all say what they need cannot step slices now; None if its recording can."""
+        name, reason = requested(self.name)
+        if name == "eager":
+            return f"the executor eager does not record ({reason})"
+        cohorts, refused = make_cohorts(self._chain_of(cbs), work)
+        if refused:
+            return refused[0][1]
+        if any(not cohort.program.additive for cohort in cohorts):
+            return NOT_ADDITIVE
+        return None
 
     def prepare_replay(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> None:
         """Do all of a step but the kernels, which a CUDA graph then replays.
@@ -57,10 +103,16 @@ class Engine:
         self._run(cbs, work, None, launch=False)
 
     def _run(
-        self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], reduce: Reduce | None, launch: bool
+        self,
+        cbs: Sequence[Callable[..., Any]],
+        work: Sequence[GroupWork],
+        reduce: Reduce | None,
+        launch: bool,
+        recorded: bool = False,
     ) -> None:
         name, reason = requested(self.name)
         if name == "eager":
+            _only_recorded(recorded, reason)
             self._add_masters(work)
             _only_kernels_replay(launch)
             run_eager(cbs, work, reduce)
@@ -75,12 +127,13 @@ class Engine:
         self._add_masters(work)
         cohorts, refused = make_cohorts(chain, work)
         _only_kernels_replay(launch or not refused)
-        if name is None and _better_as_it_is(cohorts):
+        if name is None and not recorded and _better_as_it_is(cohorts):
             run_eager(cbs, work, reduce)
             self._note(work, "eager", AS_IT_IS)
             return
-        if reduce is not None and (refused or any(not cohort.program.additive for cohort in cohorts)):
-            why = refused[0][1] if refused else "a reduction that cannot be added up over processes"
+        if (recorded or reduce is not None) and (refused or any(not cohort.program.additive for cohort in cohorts)):
+            why = refused[0][1] if refused else NOT_ADDITIVE
+            _only_recorded(recorded, why)
             run_eager(cbs, work, reduce)  # in full, so that all processes make the same calls of `reduce`
             self._note(work, "eager", why)
             return
@@ -162,14 +215,19 @@ class Engine:
         """The programs that the chain has been recorded as."""
         return () if self._chain is None else self._chain.programs()
 
-    def choices(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> tuple[Choice, ...]:
-        """Which executor runs each group, and why: what was done in the last step, else what would be done."""
+    def choices(
+        self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], *, recorded: bool = False
+    ) -> tuple[Choice, ...]:
+        """Which executor runs each group, and why: what was done in the last step, else what would be done.
+
+        `recorded` is that of `run`.
+        """
         missing = [group for group in work if group.index not in self._ran]
         name, reason = requested(self.name)
         expected: dict[int, Choice] = {}
         if missing and name != "eager":
             cohorts, refused = make_cohorts(self._chain_of(cbs), missing)
-            if name is None and _better_as_it_is(cohorts):
+            if name is None and not recorded and _better_as_it_is(cohorts):
                 return tuple(self._ran.get(g.index) or Choice(g.index, "eager", AS_IT_IS) for g in work)
             why = {group.index: text for group, text in refused}
             parts = _by_device(cohorts).values()
@@ -206,6 +264,15 @@ class Engine:
                 self._ran[group.index] = _choice(group.index, why.get(group.index), reason, self._used)
 
 
+def _only_recorded(recorded: bool, why: str) -> None:
+    if recorded:
+        raise RuntimeError(f"slices of parameters can be stepped by what is recorded only, but {why}")
+
+
+def _reduces(cohort: Cohort) -> bool:
+    return any(phase.reductions for phase in cohort.program.phases)
+
+
 def _is_plain(key: str, value: Any) -> bool:
     """Whether an entry of a group changes only by being replaced; its list of parameters is looked through."""
     return key in ("params", "param_names") or isinstance(value, bool | int | float | str | None | tuple)
@@ -221,8 +288,7 @@ def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
 
     Depends on the chain and the devices alone, so that all processes of a sharded step decide alike.
     """
-    reduces = any(phase.reductions for cohort in cohorts for phase in cohort.program.phases)
-    return reduces and all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
+    return any(map(_reduces, cohorts)) and all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
 
 
 def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:

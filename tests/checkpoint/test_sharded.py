@@ -25,8 +25,11 @@ Ranks = Callable[[int], RankPool]
 
 
 def unknown_step(p: Tensor, lr: float, grad_avg: Tensor, **kwargs: Any) -> None:
-    """A stepper of a user, of which nobody knows that it may be given slices."""
+    """A stepper of a user that must not be given slices."""
     p.data.add_(grad_avg, alpha=-lr)
+
+
+unknown_step.needs = "whole"  # type: ignore[attr-defined]
 
 
 def whole(params: Any, lr: Any) -> Optimizer:

@@ -19,8 +19,17 @@ def param_lists(draw: st.DrawFn) -> list[ParamSpec]:
     """Lists of 0 to 20 parameters of any small shape (empty and 0-d ones too) in groups of which some stay empty."""
     shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     count = draw(st.integers(0, 20))
+    places = draw(st.permutations(range(count)))
     return [
-        ParamSpec(f"p{i}", draw(shapes), draw(st.sampled_from(DTYPES)), draw(st.integers(0, 4))) for i in range(count)
+        ParamSpec(
+            f"p{i}",
+            draw(shapes),
+            draw(st.sampled_from(DTYPES)),
+            draw(st.integers(0, 4)),
+            place=places[i],
+            forced=draw(st.booleans()),
+        )
+        for i in range(count)
     ]
 
 
@@ -49,7 +58,7 @@ def test_every_element_has_exactly_one_owner(params: list[ParamSpec], n: int, ki
 
 @settings(max_examples=40, deadline=None)
 @given(param_lists(), ranks, kinds, sizes)
-def test_buckets_hold_each_parameter_once_and_never_mix(
+def test_buckets_hold_each_parameter_once_and_segments_never_mix(
     params: list[ParamSpec], n: int, kind: str, bucket_bytes: int
 ) -> None:
     layout = Layout.make(kind, params, n, bucket_bytes)
@@ -57,7 +66,7 @@ def test_buckets_hold_each_parameter_once_and_never_mix(
     assert sorted(seen) == list(range(len(params)))
     for bucket in layout.buckets:
         members = [params[entry.param] for entry in bucket.entries]
-        assert {(m.group, m.dtype) for m in members} == {(bucket.group, bucket.dtype)}
+        assert {m.dtype for m in members} == {bucket.dtype}
         at = 0
         for entry, member in zip(bucket.entries, members, strict=True):
             assert entry.start >= at
@@ -65,6 +74,13 @@ def test_buckets_hold_each_parameter_once_and_never_mix(
             assert entry.start * bucket.dtype.itemsize % ALIGN_BYTES == 0
             at = entry.stop
         assert at <= bucket.numel
+        assert bucket.segments[0].start == 0
+        assert bucket.segments[-1].stop == bucket.numel
+        assert all(a.stop == b.start for a, b in pairwise(bucket.segments))
+        for segment in bucket.segments if kind == "even" else ():
+            inside = [params[entry.param] for entry in segment.entries]
+            assert {m.group for m in inside} == {segment.group}
+            assert len({m.forced for m in inside}) == 1
         payload = sum(m.numel * m.dtype.itemsize for m in members)
         assert payload <= bucket_bytes or len(members) == 1
 
@@ -75,15 +91,16 @@ def test_even_regions_are_equal_aligned_and_cover_the_bucket(
     params: list[ParamSpec], n: int, bucket_bytes: int
 ) -> None:
     for bucket in Layout.even(params, n, bucket_bytes).buckets:
-        regions = [bucket.region(rank) for rank in range(n)]
-        assert regions[0].start == 0
-        assert regions[-1].stop == bucket.numel
-        assert all(a.stop == b.start for a, b in pairwise(regions))
-        assert len({r.numel for r in regions}) == 1
-        assert all(r.start * bucket.dtype.itemsize % ALIGN_BYTES == 0 for r in regions)
         unit = ALIGN_BYTES // bucket.dtype.itemsize
-        used = sum(-(-(e.stop - e.start) // unit) * unit for e in bucket.entries)
-        assert bucket.numel - used < unit * n
+        for k, segment in enumerate(bucket.segments):
+            regions = [bucket.regions(rank)[k] for rank in range(n)]
+            assert regions[0].start == segment.start
+            assert regions[-1].stop == segment.stop
+            assert all(a.stop == b.start for a, b in pairwise(regions))
+            assert len({r.numel for r in regions}) == 1
+            assert all(r.start * bucket.dtype.itemsize % ALIGN_BYTES == 0 for r in regions)
+            used = sum(-(-(e.stop - e.start) // unit) * unit for e in segment.entries)
+            assert segment.stop - segment.start - used < unit * n
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,7 +114,7 @@ def test_whole_layout_gives_each_parameter_one_owner_in_one_region(
         assert 0 <= owner < n
         assert layout.interval(i, owner) == (0, param.numel)
         bucket, entry = layout.place(i)
-        region = bucket.region(owner)
+        (region,) = bucket.regions(owner)
         assert region.start <= entry.start
         assert entry.stop <= region.stop
     for bucket in layout.buckets:
@@ -136,10 +153,11 @@ def test_known_even_layout() -> None:
         ParamSpec("d", (6,), torch.float32, 0),
     ]
     layout = Layout.even(params, 2)
-    first, second = layout.buckets
+    (bucket,) = layout.buckets
     # 16 bytes are 4 floats: a takes 10 of 12, b 1 of 4, d 6 of 8; 24 split by 2 in units of 4 gives 12 each.
-    assert [(e.param, e.start, e.stop) for e in first.entries] == [(0, 0, 10), (1, 12, 13), (3, 16, 22)]
-    assert (first.numel, second.numel) == (24, 8)
+    # c of the other group has a segment of its own: 3 of 8, of which each rank owns 4.
+    assert [(e.param, e.start, e.stop) for e in bucket.entries] == [(0, 0, 10), (1, 12, 13), (3, 16, 22), (2, 24, 27)]
+    assert [(s.group, s.start, s.stop) for s in bucket.segments] == [(0, 0, 24), (1, 24, 32)]
     assert [layout.interval(i, 0) for i in range(4)] == [(0, 10), (0, 0), (0, 3), (0, 0)]
     assert [layout.interval(i, 1) for i in range(4)] == [(10, 10), (0, 1), (3, 3), (0, 6)]
 
@@ -156,6 +174,48 @@ def test_boxes_of_a_cut_parameter_and_of_a_scalar_state() -> None:
     assert [b.shape for b in whole.boxes(0, 0)] == [(3, 4)]
     assert whole.boxes(0, 1) == []
     assert whole.boxes(0, 1, ()) == []
+
+
+def test_buckets_follow_the_model_and_not_the_groups() -> None:
+    # Weights in one group and biases in another: layers are neighbours in the model, and in the buckets.
+    params = [
+        ParamSpec(f"{i}.{part}", shape, torch.float32, group, place=2 * i + group)
+        for group, (part, shape) in enumerate({"weight": (64, 64), "bias": (64,)}.items())
+        for i in range(6)
+    ]
+    layout = Layout.even(params, 2, bucket_bytes=40_000)
+    names = [[params[e.param].name for e in bucket.entries] for bucket in layout.buckets]
+    assert names == [
+        ["0.weight", "1.weight", "0.bias", "1.bias"],
+        ["2.weight", "3.weight", "2.bias", "3.bias"],
+        ["4.weight", "5.weight", "4.bias", "5.bias"],
+    ]
+
+
+def test_five_hundred_groups_share_buckets() -> None:
+    one = [ParamSpec(f"p{i}", (32, 32), torch.float32, 0, place=i) for i in range(500)]
+    many = [ParamSpec(f"p{i}", (32, 32), torch.float32, i, place=i) for i in range(500)]
+    for n in (2, 8):
+        few, more = Layout.even(one, n, 2**18), Layout.even(many, n, 2**18)
+        assert len(few.buckets) == len(more.buckets) == 8
+        assert sum(b.numel for b in more.buckets) == sum(b.numel for b in few.buckets)
+
+
+def test_a_bucket_that_one_group_has_filled_by_half_ends_with_it() -> None:
+    sizes = {0: 3, 1: 1, 2: 2, 3: 4}
+    params = [
+        ParamSpec(f"{group}.{i}", (64,), torch.float32, group, place=10 * group + i)
+        for group, count in sizes.items()
+        for i in range(count)
+    ]
+    layout = Layout.even(params, 2, bucket_bytes=4 * 256)
+    assert [[s.group for s in bucket.segments] for bucket in layout.buckets] == [[0], [1, 2, 3], [3]]
+
+
+def test_the_first_bucket_of_a_model_is_small() -> None:
+    params = [ParamSpec(f"p{i}", (2**18,), torch.float32, 0, place=i) for i in range(12)]
+    layout = Layout.even(params, 2, bucket_bytes=4 * 2**20)
+    assert [len(bucket.entries) for bucket in layout.buckets] == [1, 4, 4, 3]
 
 
 def test_extending_leaves_what_is_there() -> None:
@@ -178,10 +238,10 @@ def test_a_large_model_on_16384_ranks() -> None:
     even, whole = Layout.even(params, 16384), Layout.whole(params, 16384)
     held = [even.elements(rank) for rank in (0, 1, 8191, 16383)]
     total = sum(p.numel for p in params)
-    # Each bucket's regions are rounded up to 16 bytes, 8 elements.
-    slack = 8 * len(even.buckets)
+    # The regions of each segment are rounded up to 16 bytes, 8 elements.
+    slack = 8 * sum(len(bucket.segments) for bucket in even.buckets)
     assert all(h <= total // 16384 + slack for h in held)
-    assert sum(region.numel for b in even.buckets for region in map(b.region, range(16384))) >= total
+    assert sum(r.numel for b in even.buckets for rank in range(16384) for r in b.regions(rank)) >= total
     assert len({whole.owner(i) for i in range(len(params))}) == len(params)
 
 

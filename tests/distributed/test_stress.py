@@ -24,6 +24,11 @@ def loss(params: list[Tensor], step: int, rank: int, used: list[bool]) -> Tensor
     return sum(terms[1:], terms[0]) if terms else None
 
 
+def reaches(params: list[Tensor], used: list[bool]) -> bool:
+    """Whether a backward pass of `loss` comes to any parameter that trains."""
+    return any(u and p.requires_grad for u, p in zip(used, params, strict=True))
+
+
 def anything(rank: int, world_size: int, name: str, seed: int) -> None:
     """Random freezing, marks, rates and accumulation, alike on all ranks; gradients and whole passes that some lack."""
     rng = random.Random(seed)
@@ -43,10 +48,12 @@ def anything(rank: int, world_size: int, name: str, seed: int) -> None:
                 opt.freeze_to(min(first, 2))
             opt.set_hyper("lr", rate)
         passes = rng.choice([1, 1, 2, 3])
-        for part in range(passes):
-            used = [[rng.random() < 0.8 for _ in range(count)] for _ in range(world_size)]
+        uses = [[[rng.random() < 0.8 for _ in range(count)] for _ in range(world_size)] for _ in range(passes)]
+        # Ranks make equally many synchronised passes, except for those that make none.
+        anywhere = all(reaches(members(plain), used) for each in uses for used in each)
+        for part, used in enumerate(uses):
             number = step * 10 + part
-            synced = part == passes - 1 or rng.random() < 0.3
+            synced = part == passes - 1 or (anywhere and rng.random() < 0.3)
             for each in range(world_size):
                 whole = loss(members(plain), number, each, used[each])
                 if whole is not None:

@@ -1,0 +1,68 @@
+"""Between parameters or gradients and the order in which they are sent: see [Note: wires] in wire.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .wire import Wire
+
+
+def pack(wire: Wire, buffer: Tensor, sources: Mapping[int, Tensor], header: Tensor) -> None:
+    """Fill `buffer` `[wire.numel]` from whole 1-d `sources` by parameter; what has no source is zero.
+
+    One multi-tensor copy. `header` `[wire.header]` goes to the end of every part.
+    """
+    chunks = iter(buffer.split_with_sizes(list(wire.splits)))
+    into: list[Tensor] = []
+    out_of: list[Tensor] = []
+    empty: list[Tensor] = []
+    for part in wire.parts:
+        for run in part:
+            chunk = next(chunks)
+            source = sources.get(run.param) if run.param is not None else None
+            if source is None:
+                empty.append(chunk)
+            else:
+                into.append(chunk)
+                out_of.append(source if run.count == source.numel() else source[run.start : run.start + run.count])
+        if wire.header:
+            into.append(next(chunks))
+            out_of.append(header)
+    if empty:
+        torch._foreach_zero_(empty)
+    if into:
+        torch._foreach_copy_(into, out_of, non_blocking=True)
+
+
+def unpack(wire: Wire, received: Tensor, flat: Tensor) -> None:
+    """Copy the parts `received` (no headers) to the places of their parameters in the flat buffer of the bucket."""
+    starts = {entry.param: entry.start for entry in wire.bucket.entries}
+    into: list[Tensor] = []
+    out_of: list[Tensor] = []
+    runs = (run for part in wire.parts for run in part)
+    for run, chunk in zip(runs, received.split_with_sizes(list(wire.splits)), strict=True):
+        if run.param is not None and run.count:
+            at = starts[run.param] + run.start
+            into.append(flat[at : at + run.count])
+            out_of.append(chunk)
+    if into:
+        torch._foreach_copy_(into, out_of, non_blocking=True)
+
+
+def own_part(wire: Wire, flat: Tensor, rank: int) -> Tensor:
+    """The part of `rank` of the parameters in `flat`, in one piece (a view where it is one there)."""
+    starts = {entry.param: entry.start for entry in wire.bucket.entries}
+    if wire.flat is not None:
+        at = wire.flat[0] + sum(wire.payloads[:rank])
+        return flat[at : at + wire.payloads[rank]]
+    pieces = []
+    for run in wire.parts[rank]:
+        if run.param is None:
+            pieces.append(flat.new_zeros(run.count))
+        else:
+            at = starts[run.param] + run.start
+            pieces.append(flat[at : at + run.count])
+    return torch.cat(pieces) if pieces else flat[:0]

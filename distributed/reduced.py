@@ -1,0 +1,457 @@
+"""Stage 2: gradients leave `p.grad` as they are made, are summed over the ranks, and each rank keeps its own part.
+
+[Note: rounds]
+All gradients of one synchronised backward pass are reduced in one *round*: one collective per active bucket, in one
+fixed order (last bucket first, as backward makes gradients from the end), whatever gradients exist. A bucket is
+launched when all its active parameters have a gradient and its predecessors are launched; the end of the backward pass
+launches the rest, with zeros for what is missing. So the collectives of a round depend only on what the ranks have
+agreed on before (see [Note: agreement] in consistency.py), never on which part of a model a rank has used.
+
+A backward pass inside another one (checkpointing with `use_reentrant=True`) belongs to the round of the outer one.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .agreement import Agreement
+from .buckets import Buffers
+from .collectives import Ranks, Reading, Reduction
+from .gradients import sparse
+from .header import EXTRA, Place, Verdict, decode
+from .packing import pack
+from .wire import Wire
+
+# The hook of every parameter: the optimizer that was made last gets its gradients.
+_hooks: Any = WeakTensorKeyDictionary()
+
+IN_FLIGHT = 2
+"""Buckets whose full gradient may be alive at once while they are being reduced."""
+
+
+class Round:
+    """The reduction of one backward pass: which buckets take part, which gradients have come, what is under way."""
+
+    def __init__(self, place: Place, wires: Sequence[Wire], expected: Sequence[set[int]], leading: list[int]) -> None:
+        self.place = place
+        self.to_launch = deque(zip(wires, expected, strict=True))
+        self.leading = leading
+        self.bucket_of = {param: wire.bucket.index for wire in wires for param in wire.params}
+        self.waits_for = {wire.bucket.index: params for wire, params in self.to_launch}
+        self.tasks: set[int] = set()
+        self.reading: Reading | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing has been launched."""
+        return len(self.to_launch) == len(self.waits_for)
+
+
+class Part:
+    """This rank's part of the gradient of one bucket, with the flags of its header."""
+
+    def __init__(self, wire: Wire, rank: int, sums: Tensor) -> None:
+        self.wire = wire
+        self.sums = sums
+        self.places = wire.held(rank)
+        self.payload = wire.payloads[rank]
+
+    def slice(self, param: int) -> Tensor:
+        """The elements of `param`."""
+        start, stop = self.places[param]
+        return self.sums[start:stop]
+
+    def flags(self) -> Tensor:
+        """For each parameter of the wire how many gradients have come, of all ranks and rounds."""
+        return self.sums[self.payload : self.payload + len(self.wire.params)]
+
+    def add(self, earlier: Part) -> None:
+        """Add the part of an earlier round, which may have had other active parameters."""
+        if earlier.wire is self.wire:
+            self.sums.add_(earlier.sums)
+            return
+        before = earlier.flags()
+        at = {param: k for k, param in enumerate(earlier.wire.params)}
+        for k, param in enumerate(self.wire.params):
+            if param in at:
+                self.slice(param).add_(earlier.slice(param))
+                self.flags()[k].add_(before[at[param]])
+
+
+class ReducedGradients:
+    """This rank holds the averaged gradient of its own elements only.
+
+    Args:
+        ranks: who takes part.
+        buffers: the parameters.
+        agreement: knows which parameters are active on all ranks.
+        dtype: of the sums over the ranks; None takes that of the gradients and leaves the order to the backend.
+    """
+
+    def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement, dtype: torch.dtype | None = None) -> None:
+        self._ranks, self._buffers, self._agreement, self._dtype = ranks, buffers, agreement, dtype
+        self._in_flight: deque[tuple[Wire, Tensor, Reduction]] = deque()
+        self._parts: dict[int, Part] = {}
+        self._seen: set[int] = set()
+        self._round: Round | None = None
+        self._last: Round | None = None
+        self._rounds = 0
+        self._left_over = False
+        self._settled: list[int] | None = None
+        self._problem: str | None = None
+        self._asking = False
+        self._watched = 0
+        self.syncing = True
+        self.watch()
+
+    def watch(self) -> None:
+        """Put a hook on every parameter that autograd can reach, frozen ones included: they may be unfrozen later."""
+        me = weakref.ref(self)
+        for i, p in enumerate(self._buffers.params[self._watched :], start=self._watched):
+            if p.is_leaf and p.is_floating_point():
+                required = p.requires_grad
+                p.requires_grad_(True)
+                if p in _hooks:
+                    _hooks[p].remove()
+                _hooks[p] = p.register_post_accumulate_grad_hook(_hook(me, i))  # type: ignore[no-untyped-call]
+                p.requires_grad_(required)
+        self._watched = len(self._buffers.params)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Gradients of backward passes inside stay in `p.grad`."""
+        before, self.syncing = self.syncing, False
+        try:
+            yield
+        finally:
+            self.syncing = before
+            self._left_over, self._settled = True, None
+
+    # ---- in a backward pass
+
+    @torch.no_grad()
+    def arrived(self, param: int) -> None:
+        """Autograd has put a gradient into the parameter's `.grad`."""
+        if not self.syncing:
+            return
+        now = self._enter()
+        if now is None or param not in now.bucket_of:
+            return
+        waits_for = now.waits_for[now.bucket_of[param]]
+        if param not in waits_for:
+            # A second one from the same pass, when the first may be under way: it goes with the next round.
+            self._left_over = True
+            return
+        waits_for.discard(param)
+        while now.to_launch and not now.to_launch[0][1]:
+            self._launch_next(now)
+
+    def _enter(self) -> Round | None:
+        """The round of the backward pass that is running; None if nothing is active."""
+        task = torch._C._current_graph_task_id()
+        now: Round | None = self._round
+        if now is not None and task in now.tasks:
+            return now
+        inner = _inside_another_backward()
+        if now is not None and now.tasks and not inner and task > max(now.tasks):
+            self._close()  # of a pass whose end nobody has told
+            now = None
+        if now is None:
+            now = self._open("backward")
+        if now is not None:
+            now.tasks.add(task)
+            if not inner:
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
+        return now
+
+    @torch.no_grad()
+    def _backward_ended(self) -> None:
+        self._close()
+        verdict = self._verdict()
+        problem = self._problem
+        disagree = verdict is not None and (verdict.problem or not verdict.same_activity)
+        if problem or disagree:
+            self.clear()
+        if disagree:
+            self._agreement.disagree("backward", problem)
+        if problem:
+            raise RuntimeError(problem)
+
+    # ---- rounds
+
+    def _open(self, place: Place) -> Round | None:
+        """Begin a round, once the ranks agree on what is active; None where nothing is, and no message is due."""
+        self._problem = self._problem or sparse(self._buffers)
+        if not self._must_ask and self._agreement.stepping() != self._agreement.active:
+            self._change(place)
+        if self._must_ask and place == "backward":
+            self._ask_in_backward()
+        wires = self._buffers.reducing(self._agreement.active)
+        self._left_over, self._settled = False, None
+        if not wires:
+            return None
+        # Autograd brings nothing for a parameter that requires no gradient: its bucket waits for the end.
+        expected = [
+            {i for i in wire.params if i in self._agreement.active and self._buffers.params[i].requires_grad}
+            for wire in wires
+        ]
+        leading = [] if self._ranks.alone else self._agreement.header(place, self._problem, changed=False)
+        self._round = Round(place, wires, expected, leading)
+        self._rounds += 1
+        return self._round
+
+    @property
+    def _must_ask(self) -> bool:
+        """Whether the ranks exchange a message before what they do next: all of them know, or nothing is active."""
+        return not self._ranks.alone and (self._asking or not self._buffers.reducing(self._agreement.active))
+
+    def _ask_in_backward(self) -> None:
+        """Exchange a message; if the ranks disagree, the gradients are dropped."""
+        problem = self._problem
+        try:
+            self._agreement.ask("backward", False, problem)
+        except RuntimeError:
+            self.clear()
+            raise
+
+    def _change(self, place: Place) -> None:
+        """Agree on another set of active parameters, in the shape of the first collective of the old one."""
+        agreement = self._agreement
+        if self._ranks.alone:
+            agreement.active = agreement.stepping()
+            return
+        wires = self._buffers.reducing(agreement.active)
+        reading = self._send_nothing(wires[0], agreement.header(place, self._problem, changed=True))
+        verdict = decode(reading.get())
+        if verdict.same_activity and not verdict.unchanged and not verdict.problem:
+            agreement.active = agreement.stepping()
+            self._asking = self._asking or len(verdict.places) > 1
+            return
+        if verdict.unchanged:
+            for wire in wires[1:]:
+                self._send_nothing(wire, [])
+        problem = self._problem
+        self.clear()
+        agreement.disagree(place, problem)
+
+    def _close(self) -> None:
+        """Launch the rest of the round."""
+        now = self._round
+        while now is not None and now.to_launch:
+            self._launch_next(now)
+        if now is not None:
+            self._last, self._round = now, None
+
+    def _launch_next(self, now: Round) -> None:
+        """Start to reduce the next bucket in order, with what is in `p.grad`."""
+        first = now.first
+        wire, _ = now.to_launch.popleft()
+        sources = {param: grad for param in wire.params if (grad := self._taken(param)) is not None}
+        self._seen.update(sources)
+        reduction = self._send(wire, sources, now.leading if first else [])
+        if first and not self._ranks.alone:
+            now.reading = self._read(wire, reduction)
+
+    def _taken(self, param: int) -> Tensor | None:
+        """The gradient of an active parameter, flat, no longer in `p.grad`."""
+        p = self._buffers.params[param]
+        if param not in self._agreement.active or p.grad is None:
+            return None
+        if p.grad.layout != torch.strided:
+            self._problem = sparse(self._buffers)
+        grad, p.grad = p.grad, None
+        return grad.reshape(-1) if grad.layout == torch.strided else None
+
+    def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
+        """Start the collective of one bucket."""
+        flat = self._buffers.buckets[wire.bucket.index]
+        flags = [int(param in sources) for param in wire.params]
+        full = torch.empty(wire.numel, dtype=flat.flat.dtype, device=flat.flat.device)
+        with record_function(f"fastopt reduce {flat.label}"):
+            pack(wire, full, sources, _on(full, flags + leading, wire.header))
+            reduction = self._ranks.reduce(wire, full, self._dtype)
+        self._in_flight.append((wire, full, reduction))
+        while len(self._in_flight) > IN_FLIGHT:
+            self._land()
+        return reduction
+
+    def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
+        """Take part in a collective without a gradient, and forget its result."""
+        self._land_all()
+        reduction = self._send(wire, {}, leading)
+        reading = self._read(wire, reduction)
+        *_, (_, _, sent) = self._in_flight
+        sent.wait()
+        self._in_flight.clear()
+        return reading
+
+    def _read(self, wire: Wire, reduction: Reduction) -> Reading:
+        start = wire.payloads[self._ranks.rank] + len(wire.params)
+        return reduction.read(start, start + EXTRA)
+
+    def _land(self) -> None:
+        """Wait for the oldest bucket under way and add its average to this rank's gradient."""
+        wire, _, reduction = self._in_flight.popleft()
+        reduction.wait()
+        part = Part(wire, self._ranks.rank, reduction.mine)
+        part.sums[: part.payload].div_(self._ranks.world_size)
+        earlier = self._parts.get(wire.bucket.index)
+        if earlier is not None:
+            part.add(earlier)
+        self._parts[wire.bucket.index] = part
+
+    def _land_all(self) -> None:
+        while self._in_flight:
+            self._land()
+
+    def _verdict(self) -> Verdict | None:
+        """What the headers of the last round say; None where it had none."""
+        last = self._last
+        if last is None or last.reading is None:
+            return None
+        verdict = decode(last.reading.get())
+        if len(verdict.places) > 1:
+            self._asking = True
+        elif verdict.same_activity:
+            self._agreement.accept(verdict)
+        return verdict
+
+    # ---- at a step
+
+    @torch.no_grad()
+    def settle(self, place: Place, problem: str | None = None) -> list[int]:
+        """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py.
+
+        A `problem` comes from what the ranks have agreed on, so all of them have it.
+        """
+        if problem:
+            self._agreement.ask(place, False, problem)
+        active = self._agreement.stepping()
+        if self._settled is not None and active == self._agreement.active and not self._left_over:
+            return self._settled
+        self._close()
+        if self._ranks.alone:
+            self._settle_alone(place)
+        else:
+            self._meet(place)
+        self._land_all()
+        self._settled = present = self._present()
+        return present
+
+    def _settle_alone(self, place: Place) -> None:
+        problem = self._problem or self._agreement.misuse()
+        if not problem and (not self._rounds or self._waiting()):
+            self._open(place)
+            self._close()
+            problem = self._problem
+        if problem:
+            raise RuntimeError(problem)
+        self._agreement.active = self._agreement.stepping()
+
+    def _meet(self, place: Place) -> None:
+        """Come to an agreement with all ranks that nothing is left to be reduced, and that they are at `place`."""
+        agreement = self._agreement
+        while True:
+            if self._must_ask:
+                in_round, waiting, _ = agreement.ask(place, self._waiting(), self._problem)
+                if not in_round and not waiting:
+                    self._asking = False
+                    return
+                self._asking = True
+                self._open(place)
+                self._close()
+                continue
+            if agreement.stepping() != agreement.active:
+                self._change(place)
+                continue
+            if not self._rounds or self._waiting():
+                self._open(place)
+                self._close()
+            verdict = self._verdict()
+            if verdict is not None and self._agreed(verdict, place):
+                return
+
+    def _agreed(self, verdict: Verdict, place: Place) -> bool:
+        """Whether the headers leave nothing to be asked."""
+        together = {"clip_grad_norm_", "step"} <= verdict.places
+        if verdict.problem or not verdict.same_activity or together:
+            self._asking = True
+            self._agreement.disagree(place, self._problem)
+        self._asking = self._asking or not verdict.same_hypers
+        return not self._asking
+
+    def _waiting(self) -> bool:
+        """Whether there is something that no round has taken along: after passes under `no_sync()`, or by hand."""
+        return self._left_over or any(self._buffers.params[i].grad is not None for i in self._agreement.active)
+
+    def _present(self) -> list[int]:
+        """The active parameters with a gradient on any rank; the flags are read only where some are missing here."""
+        active, found = self._agreement.active, set(self._seen)
+        for part in self._parts.values():
+            missing = [k for k, i in enumerate(part.wire.params) if i in active and i not in found]
+            if missing and not self._ranks.alone:
+                flags = part.flags().tolist()
+                found.update(part.wire.params[k] for k in missing if flags[k] > 0)
+        return sorted(found & active)
+
+    def slice(self, param: int) -> Tensor | None:
+        """This rank's elements of the averaged gradient."""
+        part = self._parts.get(self._buffers.layout.place(param)[0].index)
+        return None if part is None or param not in part.places else part.slice(param)
+
+    def held(self, params: Iterable[int]) -> list[Tensor]:
+        """The parts of all buckets; what is not active is zero in them."""
+        return [part.sums[: part.payload] for part in self._parts.values()]
+
+    def consumed(self) -> None:
+        """Free the gradients: what has stepped is not needed again."""
+        self._parts.clear()
+        self._seen.clear()
+        self._last, self._rounds = None, 0
+        self._settled, self._left_over = None, False
+
+    def clear(self) -> None:
+        """Forget the gradients and a round that a failed backward pass has left open."""
+        for *_, reduction in self._in_flight:
+            reduction.wait()
+        self._in_flight.clear()
+        self._round, self._problem = None, None
+        self.consumed()
+
+
+def _on(like: Tensor, numbers: list[int], size: int) -> Tensor:
+    """`numbers` and zeros, `[size]`, beside `like`, without a wait."""
+    host = torch.zeros(size, dtype=like.dtype, pin_memory=like.is_cuda)
+    host[: len(numbers)] = torch.tensor(numbers, dtype=like.dtype)
+    return host.to(like.device, non_blocking=True)
+
+
+def _inside_another_backward() -> bool:
+    """Whether the backward pass that is running was started by the backward of a function in another one."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
+            return True
+    return False
+
+
+def _hook(gradients: weakref.ref[ReducedGradients], param: int) -> Callable[[Tensor], None]:
+    """The hook of one parameter; it does not keep the optimizer alive."""
+
+    def arrived(_: Tensor) -> None:
+        alive = gradients()
+        if alive is not None:
+            alive.arrived(param)
+
+    return arrived

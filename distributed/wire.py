@@ -1,0 +1,150 @@
+"""What one collective moves of a bucket, a pure value.
+
+[Note: wires]
+A flat buffer holds parameters one after the other, group by group; a collective wants what belongs to a rank in one
+piece. So what is sent is laid out anew, *part* by part: the regions that rank 0 owns of all active segments, those of
+rank 1, and so on. With two segments of two groups and two ranks:
+
+    flat buffer   | a a a a A A A A | b b B B |         small letters are rank 0's, capitals are rank 1's
+    wire          | a a a a b b h | A A A A B B h |     both segments active
+    wire          | b b h | B B h |                     the first group is frozen: it is not on the wire
+                                                        h: the header, see header.py
+
+Gradients are copied into this order as they are anyhow copied out of `p.grad`. Parameters come back in it where a
+bucket has several active segments, and are copied to their places; one segment alone is gathered in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from functools import cached_property
+
+from .layout import Bucket, Segment, aligned
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` consecutive elements of a part: those of parameter `param` from its element `start` on.
+
+    `param` is None where nothing is meant to be: padding.
+    """
+
+    param: int | None
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What one collective moves.
+
+    Attributes:
+        bucket: of which.
+        params: the parameters in it, in the order of their flags in the header.
+        parts: for each rank the runs of its part.
+        header: how many numbers follow the runs of each part.
+        flat: start and stop of the flat buffer if the runs of all parts are the same elements in the same order.
+    """
+
+    bucket: Bucket
+    params: tuple[int, ...]
+    parts: tuple[tuple[Run, ...], ...]
+    header: int
+    flat: tuple[int, int] | None
+
+    @cached_property
+    def payloads(self) -> tuple[int, ...]:
+        """Elements of each part without the header."""
+        return tuple(sum(run.count for run in part) for part in self.parts)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Elements of each part."""
+        return tuple(payload + self.header for payload in self.payloads)
+
+    @cached_property
+    def splits(self) -> tuple[int, ...]:
+        """Sizes of all runs in order, with each part's header behind its runs if there is one."""
+        tail = (self.header,) if self.header else ()
+        return tuple(n for part in self.parts for n in (*(run.count for run in part), *tail))
+
+    @property
+    def even(self) -> bool:
+        """Whether all parts are equally long."""
+        return self.bucket.owned is None
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parts."""
+        return sum(self.sizes)
+
+    def held(self, rank: int) -> dict[int, tuple[int, int]]:
+        """Where in the part of `rank` its elements of each parameter lie: start and stop."""
+        found = dict.fromkeys(self.params, (0, 0))
+        at = 0
+        for run in self.parts[rank]:
+            if run.param is not None:
+                found[run.param] = (at, at + run.count)
+            at += run.count
+        return found
+
+
+def wire_of(bucket: Bucket, active: Set[int], extra: int | None = None) -> Wire | None:
+    """The wire of `bucket` that moves the parameters `active`; None if it has none of them.
+
+    In an `even` layout it moves whole segments, so that the parts are equally long.
+
+    Args:
+        bucket: any.
+        active: parameters by their index in the layout.
+        extra: how many numbers the header has beside a flag for each parameter; None for no header.
+    """
+    whole = bucket.owned is not None
+    segments = [s for s in bucket.segments if any(entry.param in active for entry in s.entries)]
+    if not segments:
+        return None
+    if whole:
+        params = tuple(entry.param for entry in bucket.entries if entry.param in active)
+        parts = _owners_parts(bucket, active)
+        flat = (0, bucket.numel) if len(params) == len(bucket.entries) else None
+    else:
+        params = tuple(entry.param for segment in segments for entry in segment.entries)
+        parts = _even_parts(bucket, segments)
+        flat = (segments[0].start, segments[0].stop) if len(segments) == 1 else None
+    header = 0 if extra is None else aligned(len(params) + extra, bucket.dtype)
+    return Wire(bucket, params, parts, header, flat)
+
+
+def _even_parts(bucket: Bucket, segments: list[Segment]) -> tuple[tuple[Run, ...], ...]:
+    parts: list[list[Run]] = [[] for _ in range(bucket.world_size)]
+    for segment in segments:
+        share = (segment.stop - segment.start) // bucket.world_size
+        for param, start, stop in _filled_and_empty(segment):
+            at = start
+            while at < stop:
+                rank = (at - segment.start) // share
+                end = min(stop, segment.start + (rank + 1) * share)
+                parts[rank].append(Run(param, at - start if param is not None else 0, end - at))
+                at = end
+    return tuple(map(tuple, parts))
+
+
+def _filled_and_empty(segment: Segment) -> Iterator[tuple[int | None, int, int]]:
+    """Parameters and the gaps behind them, as (parameter or None, start, stop), in order."""
+    starts = [entry.start for entry in segment.entries]
+    for entry, following in zip(segment.entries, [*starts[1:], segment.stop], strict=True):
+        yield entry.param, entry.start, entry.stop
+        yield None, entry.stop, following
+
+
+def _owners_parts(bucket: Bucket, active: Set[int]) -> tuple[tuple[Run, ...], ...]:
+    parts: list[list[Run]] = [[] for _ in range(bucket.world_size)]
+    for entry in bucket.entries:
+        if entry.param in active and entry.owner is not None:
+            count = entry.stop - entry.start
+            parts[entry.owner].append(Run(entry.param, 0, count))
+            gap = aligned(count, bucket.dtype) - count
+            if gap:
+                parts[entry.owner].append(Run(None, 0, gap))
+    return tuple(map(tuple, parts))

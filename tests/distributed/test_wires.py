@@ -1,0 +1,103 @@
+"""What goes over the wire is a pure value: every active element once, equal parts for all ranks, nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastopt.distributed.buckets import Buffers
+from fastopt.distributed.header import EXTRA, PLACES, decode, encode
+from fastopt.distributed.layout import Layout, ParamSpec
+from fastopt.distributed.packing import own_part, pack, unpack
+from fastopt.distributed.wire import wire_of
+
+from .test_layout import kinds, param_lists, sizes
+
+
+@settings(max_examples=60, deadline=None)
+@given(param_lists(), st.integers(1, 6), kinds, sizes, st.data())
+def test_every_active_element_is_sent_once(
+    params: list[ParamSpec], n: int, kind: str, bucket_bytes: int, data: st.DataObject
+) -> None:
+    layout = Layout.make(kind, params, n, bucket_bytes)
+    active = data.draw(st.sets(st.sampled_from(range(len(params))))) if params else set()
+    for bucket in layout.buckets:
+        mine = {entry.param for entry in bucket.entries}
+        wire = wire_of(bucket, active, EXTRA)
+        if wire is None:
+            assert not mine & active
+            continue
+        assert mine & active <= set(wire.params) <= mine
+        assert wire.numel == sum(wire.splits)
+        for param in wire.params:
+            start_and_stop = [wire.held(rank)[param] for rank in range(n)]
+            owned = [layout.interval(param, rank) for rank in range(n)]
+            assert [b - a for a, b in start_and_stop] == [b - a for a, b in owned]
+        if kind == "even":
+            assert len(set(wire.sizes)) == 1
+            # Whole segments, so that the parts are equal; none that has nothing to send.
+            groups = {(params[i].group, params[i].forced) for i in mine & active}
+            assert {(params[i].group, params[i].forced) for i in wire.params} == groups
+        else:
+            assert set(wire.params) == mine & active
+
+
+@settings(max_examples=40, deadline=None)
+@given(param_lists(), st.integers(1, 4), kinds, sizes, st.data())
+def test_parts_of_all_ranks_put_together_are_the_parameters(
+    params: list[ParamSpec], n: int, kind: str, bucket_bytes: int, data: st.DataObject
+) -> None:
+    """What is packed by one rank and taken apart by all of them, as a collective among equal ranks would."""
+    layout = Layout.make(kind, params, n, bucket_bytes)
+    active = data.draw(st.sets(st.sampled_from(range(len(params))))) if params else set()
+    values = [torch.arange(1.0, p.numel + 1).view(p.shape).to(p.dtype) for p in params]
+    buffers = Buffers(layout, 0, [value.clone() for value in values])
+    for flat in buffers.buckets:
+        wire = wire_of(flat.bucket, active, EXTRA)
+        plain = wire_of(flat.bucket, active)
+        if wire is None or plain is None:
+            continue
+        full = torch.full((wire.numel,), float("nan"), dtype=flat.flat.dtype)
+        header = torch.arange(wire.header).to(full)
+        pack(wire, full, {i: values[i].view(-1) for i in wire.params if i in active}, header)
+        parts = full.split(list(wire.sizes))
+        for rank, part in enumerate(parts):
+            assert torch.equal(part[wire.payloads[rank] :], header)
+            for param, (start, stop) in wire.held(rank).items():
+                want = values[param].view(-1)[slice(*layout.interval(param, rank))]
+                assert torch.equal(part[start:stop], want if param in active else torch.zeros_like(want))
+        assert not full.isnan().any()
+        # The parameters' parts, one after the other, and back to their places.
+        whole = torch.cat([own_part(plain, flat.flat, rank) for rank in range(n)])
+        before = flat.flat.clone()
+        for param in plain.params:
+            buffers.params[param].zero_()
+        if plain.flat is None:
+            unpack(plain, whole, flat.flat)
+        else:
+            flat.flat[slice(*plain.flat)] = whole
+        assert torch.equal(flat.flat, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> None:
+    alike = encode("backward", False, False, b"1234", b"abcd")
+    assert len(alike) == EXTRA
+    other = encode("step", True, True, b"1235", b"abcd")
+    for n in (1, 2, 1000):
+        total = torch.zeros(EXTRA, dtype=dtype)
+        for _ in range(n):
+            total += torch.tensor(alike, dtype=dtype)
+        verdict = decode(total.tolist())
+        assert verdict.places == {"backward"}
+        assert verdict.same_activity
+        assert verdict.same_hypers
+        assert (verdict.changed, verdict.unchanged, verdict.problem) == (False, True, False)
+        verdict = decode((total + torch.tensor(other, dtype=dtype)).tolist())
+        assert verdict.places == {"backward", "step"}
+        assert not verdict.same_activity
+        assert verdict.same_hypers
+        assert (verdict.changed, verdict.unchanged, verdict.problem) == (True, True, True)
+    assert set(PLACES) == {"backward", "clip_grad_norm_", "step"}

@@ -1,0 +1,103 @@
+"""Models under fully_shard (stage 3) on two GPUs, over NCCL: equal to one process, on local parts, in few launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+import fastopt
+
+from ..distributed.problems import ELEMENTWISE, NORM, Model, average, members
+
+pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+SHAPES = (((5, 4), (7,)), ((1, 3), (6, 2, 2), (2,)))
+
+
+def whole(x: Any) -> torch.Tensor:
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach()
+
+
+def set_grads(opt: Any, step: int) -> None:
+    for i, p in enumerate(members(opt)):
+        full = average(step, i, range(4), 4, torch.empty(p.shape)).cuda()
+        p.grad = distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
+
+
+def every_optimizer(rank: int, world_size: int) -> int:
+    torch.cuda.set_device(rank)
+    mesh = init_device_mesh("cuda", (world_size,))
+    for name, build in (ELEMENTWISE | NORM).items():
+        model, reference = Model(SHAPES).cuda(), Model(SHAPES).cuda()
+        fully_shard(model, mesh=mesh)
+        opt, plain = build(model.param_groups()), build(reference.param_groups())
+        for step in range(5):
+            for each in (opt, plain):
+                each.freeze_to((1, 0, 0, -1, 0)[step])
+                set_grads(each, step)
+                each.step()
+                each.zero_grad(set_to_none=True)
+        for p, q in zip(members(opt), members(plain), strict=True):
+            torch.testing.assert_close(whole(p), q.detach(), rtol=3e-6, atol=1e-6, msg=lambda t, n=name: f"{n}: {t}")
+        if name != "adamw":
+            assert {choice.executor for choice in opt.engine} == {"triton"}, name
+    return len(ELEMENTWISE | NORM)
+
+
+def test_every_optimizer_equals_one_process(ranks: Any) -> None:
+    assert ranks(2).run(every_optimizer, timeout=300) == [len(ELEMENTWISE | NORM)] * 2
+
+
+def one_kernel(rank: int, world_size: int) -> int:
+    """Kernels of one step of Adam on 60 parameters, once it is steady."""
+    torch.cuda.set_device(rank)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(33, 33) for _ in range(30)]).cuda()
+    fully_shard(model, mesh=init_device_mesh("cuda", (world_size,)))
+    opt = fastopt.Adam(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        model(torch.randn(4, 33, device="cuda")).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    model(torch.randn(4, 33, device="cuda")).square().mean().backward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        opt.step()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return sum(e.device_type == device and not e.name.lower().startswith("mem") for e in profile.events())
+
+
+def test_a_step_is_few_kernels_whatever_the_number_of_parameters(ranks: Any) -> None:
+    assert max(ranks(2).run(one_kernel, timeout=120)) <= 4
+
+
+def mixed(rank: int, world_size: int) -> float:
+    """Real training in bfloat16 over float32 shards, clipped; the largest difference between the ranks' weights."""
+    torch.cuda.set_device(rank)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 65), nn.GELU(), nn.Linear(65, 4)).cuda()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cuda", (world_size,)), mp_policy=policy)
+    opt = fastopt.Lamb(model.parameters(), lr=1e-2)
+    losses = []
+    for step in range(30):
+        torch.manual_seed(step)
+        x = torch.randn(32, 16, device="cuda")
+        loss = (model(x) - x[:, :4]).float().square().mean()
+        loss.backward()
+        opt.clip_grad_norm_(1.0)
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    return losses[-1] / losses[0]
+
+
+def test_training_in_mixed_precision(ranks: Any) -> None:
+    assert max(ranks(2).run(mixed, timeout=120)) < 0.9
