@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from .errors import CheckpointError
 from .manifest import FILE_NAME, MANIFEST, Manifest, from_bytes
+from .records import INDEX, step_folder
 from .storage import Storage, open_storage
 
 _STEP = re.compile(r"step-(\d{8,19})")
@@ -28,11 +29,6 @@ class Entry:
 
     def __str__(self) -> str:
         return self.url
-
-
-def step_folder(step: int) -> str:
-    """The folder of a step, `step-00001000`, so that names sort as numbers do."""
-    return f"step-{step:08d}"
 
 
 def latest(url: str | os.PathLike[str]) -> Entry | None:
@@ -71,7 +67,7 @@ def prune(url: str | os.PathLike[str], keep: int) -> list[int]:
         storage.remove(f"{folder}/{MANIFEST}")
         storage.sync_folder(folder)
         for name in storage.sizes(folder):
-            if FILE_NAME.fullmatch(name) or name.startswith(f".{MANIFEST}."):
+            if FILE_NAME.fullmatch(name) or name == INDEX or name.startswith((f".{MANIFEST}.", f".{INDEX}.")):
                 storage.remove(f"{folder}/{name}")
         storage.remove_folder(folder)
     return gone
@@ -111,12 +107,27 @@ def inspect(storage: Storage, step: int) -> tuple[Manifest, bytes]:
         raise CheckpointError(f"{place}/{MANIFEST}: {error}") from error
     if manifest.step != step:
         raise CheckpointError(f"{place}/{MANIFEST}: it is the manifest of step {manifest.step}")
+    found = {step: sizes}
     for file in manifest.files:
-        if file.name not in sizes:
-            raise CheckpointError(f"{place}/{file.name} is missing")
-        if sizes[file.name] != file.bytes:
-            raise CheckpointError(f"{place}/{file.name} has {sizes[file.name]} bytes instead of {file.bytes}")
+        if file.step not in found:
+            found[file.step] = storage.sizes(step_folder(file.step))
+        size = found[file.step].get(file.name)
+        if size is None:
+            raise CheckpointError(f"{storage.url}/{file.path}, which step {step} needs, is missing")
+        if size != file.bytes:
+            raise CheckpointError(f"{storage.url}/{file.path} has {size} bytes instead of {file.bytes}")
     return manifest, data
+
+
+def newest_before(storage: Storage, step: int) -> bytes | None:
+    """The manifest's bytes of the newest complete checkpoint before `step`, or None."""
+    for number in _folders(storage):
+        if number < step:
+            try:
+                return inspect(storage, number)[1]
+            except CheckpointError:
+                continue
+    return None
 
 
 def _folders(storage: Storage) -> list[int]:
