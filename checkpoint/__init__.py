@@ -6,9 +6,10 @@
 Any fsspec URL will do. The format is described in docs/checkpoint-format.md.
 """
 
-from .catalog import Entry, latest, prune, steps
-from .errors import CheckpointError
+from .catalog import Entry, latest, steps
+from .errors import CheckpointError, StorageError
 from .loading import Checkpoint, load
+from .retention import prune
 from .saving import save
 
-__all__ = ["Checkpoint", "CheckpointError", "Entry", "latest", "load", "prune", "save", "steps"]
+__all__ = ["Checkpoint", "CheckpointError", "Entry", "StorageError", "latest", "load", "prune", "save", "steps"]
