@@ -11,5 +11,18 @@ from .errors import CheckpointError, StorageError
 from .loading import Checkpoint, load
 from .retention import prune
 from .saving import save
+from .verifying import Verified, verify
 
-__all__ = ["Checkpoint", "CheckpointError", "Entry", "StorageError", "latest", "load", "prune", "save", "steps"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Entry",
+    "StorageError",
+    "Verified",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "steps",
+    "verify",
+]

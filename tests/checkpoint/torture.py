@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, load, prune, save
+from fastopt.checkpoint import CheckpointError, load, prune, save, verify
 from fastopt.distributed import shard
 
-from ..ranks import _context
+from ..ranks import _context, run_ranks
 
 LIMIT = 30.0
 """Seconds in which every rank must have its error after another one was killed."""
@@ -209,3 +210,73 @@ def _listen(
 
 def _last(told: list[tuple[str, Any, float]], what: str) -> int:
     return max((value for kind, value, _ in told if kind == what), default=-1)
+
+
+# ---- flips -----------------------------------------------------------------------------------------------------------
+
+
+def build(rank: int, world: int, root: str) -> None:
+    """Two checkpoints of every rank's share."""
+    model, opt = job(sharded=True)
+    for step in (1, 2):
+        fill(model, opt, step)
+        save(root, step=step, model=model, opt=opt, extra=step)
+
+
+def flip_rounds(root: str, flips: int, seed: int, say: Callable[[str], None] = print) -> Counter[tuple[str, str]]:
+    """One bit after the other flips somewhere in the newest checkpoint of two; what came of it, by region.
+
+    Asserts of each that `verify` finds it, and that loading either refuses or gives every element as it was saved.
+    """
+    run_ranks(build, 2, root)
+    folder = Path(root) / "step-00000002"
+    sound = verify(root, mark=False)
+    assert sound.sound, sound
+    generator = random.Random(seed)
+    tally: Counter[tuple[str, str]] = Counter()
+    for number in range(flips):
+        region, file, at = _place(folder, generator)
+        with file.open("r+b") as opened:
+            opened.seek(at)
+            old = opened.read(1)
+            opened.seek(at)
+            opened.write(bytes([old[0] ^ 1 << generator.randrange(8)]))
+        tally[region, _outcome(root, f"bit at byte {at} of {file.name}")] += 1
+        with file.open("r+b") as opened:
+            opened.seek(at)
+            opened.write(old)
+        if (number + 1) % 100 == 0:
+            say(f"{number + 1} of {flips} bits")
+    assert verify(root, mark=False).sound
+    return tally
+
+
+def _place(folder: Path, generator: random.Random) -> tuple[str, Path, int]:
+    """A region, a file and a byte."""
+    region = generator.choice(("data", "data", "header", "manifest", "index"))
+    if region == "manifest":
+        file = folder / "manifest.json"
+        return region, file, generator.randrange(file.stat().st_size)
+    if region == "index":
+        file = folder / "model.safetensors.index.json"
+        return region, file, generator.randrange(file.stat().st_size)
+    files = sorted(folder.glob("*.safetensors"))
+    file = generator.choices(files, [path.stat().st_size for path in files])[0]
+    with file.open("rb") as opened:
+        header = 8 + int.from_bytes(opened.read(8), "little")
+    return region, file, generator.randrange(*((0, header) if region == "header" else (header, file.stat().st_size)))
+
+
+def _outcome(root: str, what: str) -> str:
+    """What loading and verifying make of it."""
+    report = verify(root, step=2, mark=False)
+    assert not report.sound, f"{what} was not found"
+    model, opt = job(sharded=False)
+    fill(model, opt, 9)
+    try:
+        load(root, model=model, opt=opt, step=2)
+    except CheckpointError:
+        assert not wrong(model, opt, 9), f"{what}: the refused load has changed something"
+        return "loading refused, verify found it"
+    assert not wrong(model, opt, 2), f"{what}: a wrong value was loaded"
+    return "not needed for loading, verify found it"
