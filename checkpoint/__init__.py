@@ -7,6 +7,7 @@ Any fsspec URL will do. The format is described in docs/checkpoint-format.md.
 """
 
 from .catalog import Entry, latest, steps
+from .checkpointer import Checkpointer
 from .errors import CheckpointError, StorageError
 from .loading import Checkpoint, load
 from .retention import prune
@@ -16,6 +17,7 @@ from .verifying import Verified, verify
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Checkpointer",
     "Entry",
     "StorageError",
     "Verified",

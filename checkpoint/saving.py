@@ -47,7 +47,7 @@ from .records import (
 )
 from .storage import Storage, open_storage
 from .values import Json, check_json, encode
-from .writing import Writer
+from .writing import FileRecord, Writer
 
 # [Note: commit]
 # 1. Every rank gathers what it holds; records are exchanged; ranks that disagree raise, before anything is written.
@@ -87,8 +87,7 @@ def save(
     peers = Peers(group)
     work = Save(peers, url, step, Parts(model, opt, scheduler, scaler, loader, extra))
     work.prepare()
-    work.find_base(reuse)
-    return work.finish(work.items())
+    return work.finish(work.items(), reuse)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Parts:
 
 
 class Save:
-    """One save on one rank: `prepare`, `find_base`, then `finish` with the `items` or copies of them."""
+    """One save on one rank: `prepare`, then `finish` with the `items` or copies of them."""
 
     storage: Storage
     folder = ""
@@ -121,6 +120,8 @@ class Save:
         self.save_id = ""
         self.base: Manifest | None = None
         self.writer: Writer | None = None
+        self.written: list[FileRecord] = []
+        self.failed: Exception | None = None
 
     def prepare(self) -> None:
         """Look at everything, compare the ranks and share out the work. Writes nothing. Collective."""
@@ -194,15 +195,6 @@ class Save:
                     shared.append(Whole(stored, tuple(about[1]), DTYPES[about[0]].itemsize, holders.get(stored)))
         return shared
 
-    def find_base(self, reuse: bool) -> None:
-        """Look for the checkpoint before, whose unchanged files may be used again. Collective."""
-        if reuse:
-            data = self.peers.on_first("looking at the checkpoint before", self._newest_before)
-            self.base = from_bytes(data) if data else None
-
-    def _newest_before(self) -> bytes | None:
-        return catalog.newest_before(self.storage, self.step)
-
     def items(self) -> list[Item]:
         """The boxes that this rank writes, with the live data."""
         shared = self.snapshot.shared
@@ -213,10 +205,17 @@ class Save:
         frozen = self.snapshot.frozen
         return [replace(item, frozen=True) if item.key in frozen else item for item in (*self.snapshot.own, *items)]
 
-    def finish(self, items: Sequence[Item], peers: Peers | None = None) -> str:
-        """Write `items` and commit; the URL of the step folder. Collective, with `peers` in place of its own."""
+    def finish(self, items: Sequence[Item], reuse: bool, peers: Peers | None = None) -> str:
+        """Write `items` and commit; the URL of the step folder. Collective, with `peers` in place of its own.
+
+        reuse: look for the checkpoint before, whose unchanged files may be used again.
+        """
+        peers = peers or self.peers
         try:
-            answer = (peers or self.peers).to_first("writing the checkpoint", lambda: self._write(items), self._commit)
+            if reuse:
+                data = peers.on_first("looking at the checkpoint before", self._newest_before)
+                self.base = from_bytes(data) if data else None
+            answer = peers.to_first("writing the checkpoint", lambda: self._write(items), self._commit)
         except LostContact:
             raise
         except CheckpointError:
@@ -224,14 +223,24 @@ class Save:
             raise
         return str(answer)
 
+    def _newest_before(self) -> bytes | None:
+        return catalog.newest_before(self.storage, self.step)
+
+    def write_now(self, items: Sequence[Item]) -> None:
+        """Write some of the items ahead of `finish`, which gets the others."""
+        if self.writer is None:
+            self.storage.make_folder(self.folder)
+            origin = Origin("s", self.save_id, self.step, self.peers.rank, self.peers.size, 0)
+            self.writer = Writer(self.storage, self.folder, origin, self.block)
+        self.written += self.writer.write(items, self.base)
+
     def _write(self, items: Sequence[Item]) -> assemble.RankRecord:
-        self.storage.make_folder(self.folder)
-        origin = Origin("s", self.save_id, self.step, self.peers.rank, self.peers.size, 0)
-        self.writer = Writer(self.storage, self.folder, origin, self.block, self.base)
-        records = self.writer.write(items)
+        if self.failed is not None:
+            raise self.failed
+        self.write_now(items)
         self.storage.sync_folder(self.folder)
         keys, expected = self._keys()
-        return assemble.rank_record(records, {key: number for number, key in enumerate(keys)}, expected)
+        return assemble.rank_record(self.written, {key: number for number, key in enumerate(keys)}, expected)
 
     def _keys(self) -> tuple[list[str], dict[str, Any]]:
         """All keys of this checkpoint, sorted, and the shapes that every rank knows; the same on every rank."""
@@ -250,12 +259,13 @@ class Save:
     def _commit(self, records: list[assemble.RankRecord]) -> str:
         """On rank 0: check all records, then publish the manifest. The URL of the step folder."""
         manifest = self.manifest(records)
-        seen = self.storage.sizes(self.folder)
+        seen = {step: self.storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
         for file in manifest.files:
-            if file.step == self.step and seen.get(file.name) != file.bytes:
+            there = seen[file.step].get(file.name, "no such file")
+            if there != file.bytes:
                 raise CheckpointError(
-                    f"{self.storage.url}/{self.folder}/{file.name} was written with {file.bytes} bytes, but rank 0 "
-                    f"sees {seen.get(file.name, 'no such file')}: is the storage shared by all ranks?"
+                    f"{self.storage.url}/{file.path} was written with {file.bytes} bytes, but rank 0 sees {there}: "
+                    f"is the storage shared by all ranks?"
                 )
         index = hugging_face_index(manifest)
         if index is not None:

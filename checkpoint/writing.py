@@ -21,8 +21,8 @@ from .storage import Storage
 # What is not trained does not change between two checkpoints, and is the larger part of many jobs. Tensors of frozen
 # parameters are kept in files of their own. A file whose tensors, boxes and checksums are all those of a file of the
 # checkpoint before is not written again: the manifest names the earlier one, with the step in whose folder it lies.
-# Names always refer to the file itself, never to another reference, and a file is small enough to be worth little is
-# written anyway, so that it keeps no old step alive.
+# Names always refer to the file itself, never to another reference, and a file of less than 1 MiB is written
+# anyway, so that it keeps no old step alive.
 
 PART_BYTES = 512 << 20
 LEAST_REUSED = 1 << 20
@@ -41,29 +41,33 @@ class FileRecord:
 class Writer:
     """Writes the files of one rank for one save. `created` are the paths of those that it made, finished or not.
 
-    block: bytes per checksum. base: the checkpoint whose files may be used again.
+    block: bytes per checksum.
     """
 
-    def __init__(self, storage: Storage, folder: str, origin: Origin, block: int, base: Manifest | None) -> None:
+    def __init__(self, storage: Storage, folder: str, origin: Origin, block: int) -> None:
         self.storage, self.folder, self.origin, self.block = storage, folder, origin, block
-        self.base = base if base is not None and base.block == block and base.step < origin.step else None
         self.created: list[str] = []
         self._parts = {"model": 0, "s": 0}
 
-    def write(self, items: Sequence[Item]) -> list[FileRecord]:
-        """Write `items`: the model's apart from all others, and those of frozen parameters apart from the rest."""
+    def write(self, items: Sequence[Item], base: Manifest | None = None) -> list[FileRecord]:
+        """Write `items`: the model's apart from all others, and those of frozen parameters apart from the rest.
+
+        base: an earlier checkpoint whose files may be used again.
+        """
         records = []
+        if base is not None and (base.block != self.block or base.step >= self.origin.step):
+            base = None
         for kind in ("model", "s"):
             for frozen in (False, True):
                 chosen = [i for i in items if i.key.startswith("model/") == (kind == "model") and i.frozen is frozen]
                 boxes = [(i.key, i.box, i.data.element_size()) for i in chosen]
                 for part in pack(boxes, PART_BYTES, cut=kind != "model"):
-                    records.append(self._file(kind, [_cut(chosen[w.source], w) for w in part]))
+                    records.append(self._file(kind, [_cut(chosen[w.source], w) for w in part], base))
         return records
 
-    def _file(self, kind: str, items: list[Item]) -> FileRecord:
+    def _file(self, kind: str, items: list[Item], base: Manifest | None) -> FileRecord:
         body = Body(items, self.block)
-        found = self._unchanged(items, body)
+        found = None if base is None else _unchanged(base, items, body)
         if found is not None:
             return FileRecord(kind, _part_of(found.name), found, items)
         part = self._parts[kind]
@@ -78,19 +82,18 @@ class Writer:
         file = DataFile(origin.file_name, size, len(head), digest, origin.step, "".join(body.blocks))
         return FileRecord(kind, part, file, items)
 
-    def _unchanged(self, items: Sequence[Item], body: Body) -> DataFile | None:
-        """The file of the base that holds exactly these items with the same data."""
-        total = sum(item.nbytes for item in items)
-        if self.base is None or total < LEAST_REUSED:
-            return None
-        homes = {_home(self.base, item) for item in items}
-        number = homes.pop()
-        if homes or number is None:
-            return None
-        file = self.base.files[number]
-        if file.bytes - file.header != total or not body.same_as(file.blocks):
-            return None
-        return file
+
+def _unchanged(base: Manifest, items: Sequence[Item], body: Body) -> DataFile | None:
+    """The file of `base` that holds exactly these items with the same data."""
+    total = sum(item.nbytes for item in items)
+    if total < LEAST_REUSED:
+        return None
+    homes = {_home(base, item) for item in items}
+    number = homes.pop()
+    if homes or number is None:
+        return None
+    file = base.files[number]
+    return file if file.bytes - file.header == total and body.same_as(file.blocks) else None
 
 
 def _home(base: Manifest, item: Item) -> int | None:
