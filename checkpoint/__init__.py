@@ -6,9 +6,25 @@
 Any fsspec URL will do. The format is described in docs/checkpoint-format.md.
 """
 
-from .catalog import Entry, latest, prune, steps
-from .errors import CheckpointError
+from .catalog import Entry, latest, steps
+from .checkpointer import Checkpointer
+from .errors import CheckpointError, StorageError
 from .loading import Checkpoint, load
+from .retention import prune
 from .saving import save
+from .verifying import Verified, verify
 
-__all__ = ["Checkpoint", "CheckpointError", "Entry", "latest", "load", "prune", "save", "steps"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpointer",
+    "Entry",
+    "StorageError",
+    "Verified",
+    "latest",
+    "load",
+    "prune",
+    "save",
+    "steps",
+    "verify",
+]

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..pieces import Box, Shape
 from .dtypes import byte_view
 from .errors import CheckpointError
+from .records import file_key
 
 ALIGN = 4096
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no more
@@ -25,13 +26,17 @@ _COPY_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Item:
-    """A box of the tensor `key` (safetensors dtype name, global shape) with its data, on any device, of any strides."""
+    """A box of the tensor `key` (safetensors dtype name, global shape) with its data, on any device, of any strides.
+
+    `frozen`: it belongs to a parameter that is not trained, so the next checkpoint may well have the same.
+    """
 
     key: str
     dtype: str
     shape: Shape
     box: Box
     data: Tensor
+    frozen: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -41,8 +46,9 @@ class Item:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a file comes from, for its header."""
+    """Where a file comes from, for its header. `kind`: `model` or `s` (states and all else)."""
 
+    kind: str
     save_id: str
     step: int
     rank: int
@@ -51,23 +57,29 @@ class Origin:
 
     @property
     def file_name(self) -> str:
-        """The name of the data file, unique to this save, rank and part."""
-        return f"s-{self.save_id}-r{self.rank:05d}-{self.part:03d}.safetensors"
+        """The name of the data file, unique to this save, kind, rank and part."""
+        return f"{self.kind}-{self.save_id}-r{self.rank:05d}-{self.part:03d}.safetensors"
 
 
 def header(items: Sequence[Item], origin: Origin) -> bytes:
     """All bytes before the data, a multiple of 4096, for a file that holds the data of `items` in that order."""
+    about = {key: value for key, value in vars(origin).items() if key != "kind"}
+    shapes = {file_key(item.key): item.shape for item in items}
     tree: dict[str, object] = {
         "__metadata__": {
             "format": "pt",
             "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": _json({item.key: {"saved_offsets": item.box.offset} for item in items}),
-            "fastopt": _json({**vars(origin), "version": 1, "shapes": {item.key: item.shape for item in items}}),
+            "DCP_SHARDING_INFO": _json({file_key(item.key): {"saved_offsets": item.box.offset} for item in items}),
+            "fastopt": _json({**about, "version": 1, "shapes": shapes}),
         }
     }
     at = 0
     for item in items:
-        tree[item.key] = {"dtype": item.dtype, "shape": item.box.shape, "data_offsets": [at, at + item.nbytes]}
+        tree[file_key(item.key)] = {
+            "dtype": item.dtype,
+            "shape": item.box.shape,
+            "data_offsets": [at, at + item.nbytes],
+        }
         at += item.nbytes
     text = _json(tree).encode()
     size = -(-(8 + len(text)) // ALIGN) * ALIGN
@@ -82,21 +94,50 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
-class BlockDigests:
-    """The data of one item as chunks to write; `hex` collects the digest of every block of `block` bytes."""
+class Body:
+    """The data of a file as chunks to write; `blocks` collects the digest of every `block` bytes, 16 hex digits each.
 
-    def __init__(self, item: Item, block: int) -> None:
-        self.item = item
+    The chunks are views of the tensors where these are contiguous and on the CPU. Each is hashed just before it is
+    handed out, in pieces that stay in the processor's cache for the write.
+    """
+
+    def __init__(self, items: Sequence[Item], block: int) -> None:
+        self.items = items
         self.block = block
-        self.hex: list[str] = []
+        self.blocks: list[str] = []
 
     def chunks(self) -> Iterator[memoryview]:
-        """The bytes, in chunks of one block: views of the tensor where it is contiguous and on the CPU."""
-        for view in _views(self.item.data):
-            for start in range(0, len(view), self.block):
-                chunk = view[start : start + self.block]
-                self.hex.append(xxhash.xxh3_64_hexdigest(chunk))
-                yield chunk
+        """The bytes, in chunks of at most one block; no chunk belongs to two blocks."""
+        hasher, room = xxhash.xxh3_64(), self.block
+        for item in self.items:
+            for view in _views(item.data):
+                at = 0
+                while at < len(view):
+                    chunk = view[at : at + room]
+                    at += len(chunk)
+                    if len(chunk) == self.block:
+                        self.blocks.append(xxhash.xxh3_64_hexdigest(chunk))
+                        yield chunk
+                        continue
+                    hasher.update(chunk)
+                    room -= len(chunk)
+                    if not room:
+                        self.blocks.append(hasher.hexdigest())
+                        hasher, room = xxhash.xxh3_64(), self.block
+                    yield chunk
+        if room < self.block:
+            self.blocks.append(hasher.hexdigest())
+
+    def same_as(self, blocks: str) -> bool:
+        """Whether the data have these digests; the look ends at the first difference. Nothing is collected."""
+        seen = 0
+        for _ in self.chunks():
+            if self.blocks[seen:] and self.blocks[seen] != blocks[16 * seen : 16 * seen + 16]:
+                break
+            seen = len(self.blocks)
+        same = "".join(self.blocks) == blocks
+        self.blocks = []
+        return same
 
 
 def _views(data: Tensor) -> Iterator[memoryview]:

@@ -32,6 +32,12 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def in_use(device: str) -> bool:
+    """Whether this process uses an accelerator of the kind `device`; asking does not start it."""
+    module: Any = getattr(torch, device, None)
+    return module is not None and bool(module.is_available()) and bool(module.is_initialized())
+
+
 def dtype_name(dtype: torch.dtype, where: str) -> str:
     """The safetensors name of `dtype`; CheckpointError, naming `where`, for a dtype that the format lacks."""
     if dtype not in _NAMES:

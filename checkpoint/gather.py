@@ -14,7 +14,7 @@ from . import sharded_tensor
 from .datafile import Item
 from .dtypes import dtype_name
 from .errors import CheckpointError
-from .manifest import model_key, rng_key, state_key
+from .records import model_key, rng_key, state_key
 from .values import Json, encode
 
 PARAMS_ONLY = frozenset({"params", "param_names"})
@@ -25,6 +25,7 @@ class Snapshot:
     """What this rank has to save. `about` is JSON by section (model, opt, state), to be compared between ranks.
 
     `shared`: tensors that this rank holds whole, and others may hold too. `own`: boxes that only this rank holds.
+    `frozen`: the keys of what belongs to parameters that are not trained.
     A tensor in `about["model"]` is `[kind, dtype, shape]`, of kind shared, first (rank 0 has the say) or pieces.
     A state in `about["state"]` is `[kind, ...]`: `["shared", dtype, shape]`, `["pieces"]` or `["value", encoded]`.
     """
@@ -32,6 +33,7 @@ class Snapshot:
     about: dict[str, Json] = field(default_factory=lambda: {"model": None, "opt": None, "state": {}})
     shared: dict[str, Tensor] = field(default_factory=dict)
     own: list[Item] = field(default_factory=list)
+    frozen: set[str] = field(default_factory=set)
 
     @property
     def own_bytes(self) -> int:
@@ -67,6 +69,8 @@ def take_model(snapshot: Snapshot, model: nn.Module) -> None:
             if kind == "shared" and not isinstance(value, nn.Parameter):
                 kind = "first"  # running statistics differ between ranks: never a mixture
             tensors[name] = [kind, dtype_name(value.dtype, name), list(value.shape)]
+            if isinstance(value, nn.Parameter) and not value.requires_grad:
+                snapshot.frozen.add(model_key(name))
     snapshot.about["model"] = {"tensors": tensors, "order": list(tensors), "aliases": aliases, "values": values}
 
 
@@ -83,6 +87,8 @@ def _take_tensor(snapshot: Snapshot, key: str, value: Tensor, where: str) -> str
 
 def _take_piece(snapshot: Snapshot, key: str, shape: Shape, box: Box, data: Tensor, where: str) -> None:
     _check_plain(key, data, where)
+    if not box.numel:
+        return
     snapshot.own.append(Item(key, dtype_name(data.dtype, where), shape, box, data.detach()))
 
 
@@ -122,6 +128,11 @@ def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> Non
         name = name_of[number]
         about = {key: _take_state(snapshot, opt, name, params[name], key, value) for key, value in state.items()}
         snapshot.about["state"][name] = about
+    for group, members in zip(state_dict["param_groups"], names, strict=True):
+        if group.get("frozen"):
+            snapshot.frozen |= {model_key(name) for name in members}
+            for name in members:
+                snapshot.frozen |= {state_key(name, key) for key in snapshot.about["state"].get(name, ())}
 
 
 def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor, key: Any, value: Any) -> Json:

@@ -12,8 +12,8 @@ from ..pieces import Box, Piece, Shape
 from . import sharded_tensor
 from .dtypes import DTYPES
 from .gather import PARAMS_ONLY, boxes_of, names_by_group, own_names, unwrap
-from .manifest import Group, Manifest, model_key, state_key
 from .reading import Wanted
+from .records import Group, Manifest, model_key, state_key
 from .values import decode
 
 _SHOWN = 20

@@ -17,9 +17,10 @@ from ..pieces import Box
 from . import catalog, rng
 from .errors import CheckpointError
 from .into import ModelTarget, OptTarget, SchedulerTarget
-from .manifest import Manifest, from_bytes, rng_key
+from .manifest import from_bytes
 from .peers import Peers
 from .reading import Wanted, read
+from .records import Manifest, rng_key
 from .storage import open_storage
 from .values import Json
 
@@ -132,7 +133,7 @@ class _Load:
     def read(self) -> None:
         """Read and verify all that this rank needs."""
         wanted = [want for target in self.into for want in target.wanted()]
-        read(self.storage, self.folder, self.manifest, [*wanted, *self.generators.values()])
+        read(self.storage, self.manifest, [*wanted, *self.generators.values()])
         rng.check(self._generator_states())
 
     def _generator_states(self) -> dict[str, Any]:

@@ -11,123 +11,43 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from ..pieces import Box, Shape
 from .dtypes import dtype_of
 from .errors import CheckpointError
-from .plan import Shard, check_cover
+from .records import (
+    FILE_NAME,
+    MANIFEST,
+    DataFile,
+    Group,
+    Manifest,
+    ModelPart,
+    OptPart,
+    ParamStates,
+    StoredTensor,
+    file_order,
+    model_key,
+    rng_key,
+    state_key,
+)
+from .shards import Column, Shards
 from .values import Json, decode
+
+__all__ = ["FILE_NAME", "MANIFEST", "Manifest", "canonical", "from_bytes", "place", "to_bytes"]
 
 FORMAT = "fastopt-checkpoint"
 VERSION = 1
-MANIFEST = "manifest.json"
 _HEAD = b'{"digest":"'
 _HEAD_END = b'",'
 _BODY = len(_HEAD) + 16 + len(_HEAD_END)
 _LARGEST = 1 << 62
-FILE_NAME = re.compile(r"s-([0-9a-f]{8})-r\d{5,9}-\d{3,9}\.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{16}")
+_DIGESTS = re.compile(r"[0-9a-f]*")
 _SAVE_ID = re.compile(r"[0-9a-f]{8}")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A data file: its name in the step folder, its size, where its data begin, and the digest of what is before."""
-
-    name: str
-    bytes: int
-    header: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of the checkpoint: safetensors dtype name, global shape, and the boxes it is stored in."""
-
-    dtype: str
-    shape: Shape
-    shards: tuple[Shard, ...]
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """What a model's state dict held: names of tensors, further names of tied ones, and values that are no tensors."""
-
-    tensors: tuple[str, ...]
-    aliases: dict[str, str] = field(default_factory=dict)
-    values: dict[str, Json] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Group:
-    """A parameter group: names of its parameters, and all its other entries, encoded (see values.py)."""
-
-    params: tuple[str, ...]
-    options: dict[str, Json]
-
-
-@dataclass(frozen=True)
-class ParamStates:
-    """The state of one parameter: keys whose values are tensors, and the other values, encoded."""
-
-    tensors: tuple[str, ...]
-    values: dict[str, Json]
-
-
-@dataclass(frozen=True)
-class OptPart:
-    """What an optimizer held, by parameter name: shapes, groups in their order, and states."""
-
-    params: dict[str, Shape]
-    groups: tuple[Group, ...]
-    states: dict[str, ParamStates]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A checkpoint. `rng` has for every rank that saved the names of its generators; `block` is bytes per checksum."""
-
-    step: int
-    save_id: str
-    created: str
-    world_size: int
-    library: dict[str, str]
-    block: int
-    files: tuple[DataFile, ...]
-    tensors: dict[str, StoredTensor]
-    model: ModelPart | None
-    opt: OptPart | None
-    scheduler: Json
-    rng: tuple[tuple[str, ...], ...]
-    extra: Json
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all data files."""
-        return sum(file.bytes for file in self.files)
-
-
-def model_key(name: str) -> str:
-    """The key in the data files of the model's tensor `name`."""
-    return f"model/{name}"
-
-
-def state_key(name: str, key: str) -> str:
-    """The key in the data files of the state `key` of the parameter `name`: `state/<key>/<name>`.
-
-    A percent sign or slash in `key` (not in `name`, which comes last) is escaped, so that no two states share a key.
-    """
-    return f"state/{key.replace('%', '%25').replace('/', '%2F')}/{name}"
-
-
-def rng_key(rank: int, name: str) -> str:
-    """The key in the data files of the random generator `name` of `rank`."""
-    return f"rng/{rank}/{name}"
 
 
 def canonical(value: Json) -> bytes:
@@ -159,6 +79,8 @@ def to_bytes(manifest: Manifest) -> bytes:
                 "states": {name: vars(states) for name, states in opt.states.items()},
             },
             "scheduler": manifest.scheduler,
+            "scaler": manifest.scaler,
+            "loader": manifest.loader,
             "rng": manifest.rng,
             "extra": manifest.extra,
         }
@@ -167,8 +89,31 @@ def to_bytes(manifest: Manifest) -> bytes:
 
 
 def _tensor_json(tensor: StoredTensor) -> Json:
-    shards = [[s.file, s.at, s.box.offset, s.box.shape, s.blocks] for s in tensor.shards]
-    return {"dtype": tensor.dtype, "shape": tensor.shape, "shards": shards}
+    what = "shards" if tensor.shards.boxes is None else "boxes"
+    return {"dtype": tensor.dtype, "shape": tensor.shape, what: tensor.shards.rows()}
+
+
+def place(files: tuple[DataFile, ...], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors with the place of each part in its file: one after the other, in the order of `file_order`.
+
+    Raises CheckpointError where the parts of a file are not exactly its data.
+    """
+    sizes = {key: dtype_of(tensor.dtype, key).itemsize for key, tensor in tensors.items()}
+    room, held = (
+        sum(file.bytes - file.header for file in files),
+        sum(math.prod(tensor.shape) * sizes[key] for key, tensor in tensors.items()),
+    )
+    if room != held:  # first of all, so that no number below can be too large
+        raise CheckpointError(f"its tensors have {held} bytes, its files {room}")
+    cursor: Column = np.array([file.header for file in files], dtype=np.int64)
+    placed: dict[str, StoredTensor] = {}
+    for key in sorted(tensors, key=lambda key: file_order(key, sizes[key])):
+        tensor = tensors[key]
+        placed[key] = StoredTensor(tensor.dtype, tensor.shape, tensor.shards.placed(cursor, sizes[key]))
+    for file, end in zip(files, cursor.tolist(), strict=True):
+        if end != file.bytes:
+            raise CheckpointError(f"{file.name} has {file.bytes} bytes, but the tensors in it end at byte {end}")
+    return placed
 
 
 def from_bytes(data: bytes) -> Manifest:
@@ -249,7 +194,8 @@ def _shape(value: Json, where: str) -> Shape:
 
 
 _FIELDS = (
-    "format version step save_id created world_size library checksum block files tensors model opt scheduler rng extra"
+    "format version step save_id created world_size library checksum block files tensors model opt scheduler scaler"
+    " loader rng extra"
 )
 
 
@@ -261,25 +207,24 @@ def _manifest(tree: Json) -> Manifest:
     top = _dict(tree, "manifest", tuple(_FIELDS.split()))
     _need(top["checksum"] == "xxh3_64", "checksum", f"unknown algorithm {str(top['checksum'])[:80]!r}")
     world = _int(top["world_size"], "world_size", 1, 1 << 24)
+    step = _int(top["step"], "step")
     block = _int(top["block"], "block", 16, 16 << 20)
     _need(block & (block - 1) == 0, "block", f"{block} is not a power of two")
     save_id = _str(top["save_id"], "save_id", _SAVE_ID)
-    files = tuple(_file(item, f"files[{i}]", save_id) for i, item in enumerate(_list(top["files"], "files")))
-    _need(len({file.name for file in files}) == len(files), "files", "a file is listed twice")
-    tensors = {
-        key: _tensor(item, f"tensor {key!r}", files, block) for key, item in _dict(top["tensors"], "tensors").items()
-    }
-    _check_disjoint(tensors, files)
-    rng = tuple(_names(item, f"rng[{i}]") for i, item in enumerate(_list(top["rng"], "rng")))
-    _need(len(rng) in (0, world), "rng", f"{len(rng)} entries for {world} ranks")
-    for rank, names in enumerate(rng):
-        for name in names:
-            entry = tensors.get(rng_key(rank, name))
-            _need(entry is not None and entry.dtype == "U8" and len(entry.shape) == 1, "rng", f"no data for {name!r}")
-    if top["scheduler"] is not None:
-        decode(top["scheduler"], "scheduler")
+    listed = _list(top["files"], "files")
+    files = tuple(_file(item, f"files[{i}]", save_id, step, block) for i, item in enumerate(listed))
+    _need(len({(file.name, file.step) for file in files}) == len(files), "files", "a file is listed twice")
+    tensors = place(
+        files,
+        {key: _tensor(item, f"tensor {key!r}", len(files)) for key, item in _dict(top["tensors"], "tensors").items()},
+    )
+    for what in ("scheduler", "scaler"):
+        decode(top[what], what)
+    loader = tuple(_list(top["loader"], "loader"))
+    _need(len(loader) in (0, 1, world), "loader", f"{len(loader)} positions for {world} ranks")
+    decode(list(loader), "loader")
     return Manifest(
-        step=_int(top["step"], "step"),
+        step=step,
         save_id=save_id,
         created=_str(top["created"], "created"),
         world_size=world,
@@ -290,57 +235,80 @@ def _manifest(tree: Json) -> Manifest:
         model=None if top["model"] is None else _model(top["model"], tensors),
         opt=None if top["opt"] is None else _opt(top["opt"], tensors),
         scheduler=top["scheduler"],
-        rng=rng,
+        scaler=top["scaler"],
+        loader=loader,
+        rng=_rng(top["rng"], world, tensors),
         extra=top["extra"],
     )
 
 
-def _file(value: Json, where: str, save_id: str) -> DataFile:
-    item = _dict(value, where, ("name", "bytes", "header", "digest"))
+def _rng(value: Json, world: int, tensors: dict[str, StoredTensor]) -> tuple[tuple[str, ...], ...]:
+    rng = tuple(_names(item, f"rng[{i}]") for i, item in enumerate(_list(value, "rng")))
+    _need(len(rng) in (0, world), "rng", f"{len(rng)} entries for {world} ranks")
+    for rank, names in enumerate(rng):
+        for name in names:
+            entry = tensors.get(rng_key(rank, name))
+            _need(entry is not None and entry.dtype == "U8" and len(entry.shape) == 1, "rng", f"no data for {name!r}")
+    return rng
+
+
+def _file(value: Json, where: str, save_id: str, step: int, block: int) -> DataFile:
+    item = _dict(value, where, ("name", "bytes", "header", "digest", "step", "blocks"))
     name = _str(item["name"], f"{where}.name", FILE_NAME)
-    _need(name.startswith(f"s-{save_id}-"), where, f"the file {name!r} belongs to another save")
+    home = _int(item["step"], f"{where}.step", 0, step)
+    if home == step:
+        _need(f"-{save_id}-r" in name, where, f"the file {name!r} belongs to another save")
     size = _int(item["bytes"], f"{where}.bytes")
     header = _int(item["header"], f"{where}.header", 8, size)
-    return DataFile(name, size, header, _str(item["digest"], f"{where}.digest", _DIGEST))
-
-
-def _tensor(value: Json, where: str, files: tuple[DataFile, ...], block: int) -> StoredTensor:
-    item = _dict(value, where, ("dtype", "shape", "shards"))
-    itemsize = dtype_of(item["dtype"], where).itemsize
-    shape = _shape(item["shape"], where)
-    shards = tuple(
-        _shard(s, f"{where} shard {i}", files, itemsize, block) for i, s in enumerate(_list(item["shards"], where))
+    blocks = _str(item["blocks"], f"{where}.blocks", _DIGESTS)
+    _need(header % 16 == 0, where, f"its data begin at byte {header}, which is not a multiple of 16")
+    _need(
+        len(blocks) == 16 * -(-(size - header) // block), where, f"{len(blocks)} digits of checksums for {size} bytes"
     )
-    check_cover(where, shape, [shard.box for shard in shards])
+    return DataFile(name, size, header, _str(item["digest"], f"{where}.digest", _DIGEST), home, blocks)
+
+
+def _tensor(value: Json, where: str, files: int) -> StoredTensor:
+    item = _dict(value, where)
+    what = "boxes" if "boxes" in item else "shards"
+    item = _dict(item, where, ("dtype", "shape", what))
+    dtype_of(item["dtype"], where)
+    shape = _shape(item["shape"], where)
+    rows = [_list(row, f"{where} {what}") for row in _list(item[what], where)]
+    _need(len(rows) <= files, where, f"{len(rows)} parts in {files} files")
+    shards = _boxes(rows, where, shape, files) if what == "boxes" else _intervals(rows, where, shape, files)
+    shards.check(where)
     return StoredTensor(item["dtype"], shape, shards)
 
 
-def _shard(value: Json, where: str, files: tuple[DataFile, ...], itemsize: int, block: int) -> Shard:
-    item = _list(value, where)
-    _need(len(item) == 5, where, f"expected 5 fields, got {len(item)}")
-    number = _int(item[0], where, 0, len(files) - 1)
-    offset, shape = _shape(item[2], where), _shape(item[3], where)
-    _need(len(offset) == len(shape), where, f"offset {offset} does not go with shape {shape}")
-    box = Box(offset, shape)
-    size = box.numel * itemsize
-    file = files[number]
-    at = _int(item[1], where, file.header, file.bytes)
-    _need(at + size <= file.bytes, where, f"{size} bytes at {at} are more than {file.name} has")
-    digests = _str(item[4], where)
-    _need(len(digests) == 16 * -(-size // block), where, f"{len(digests)} digits of checksums for {size} bytes")
-    _need(not digests or re.fullmatch("[0-9a-f]+", digests) is not None, where, "malformed checksums")
-    return Shard(number, at, box, digests)
+def _boxes(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
+    numbers, boxes = [], []
+    for row in rows:
+        _need(len(row) == 3, where, f"a box with {len(row)} fields")
+        numbers.append(_int(row[0], where, 0, files - 1))
+        offset, extent = _shape(row[1], where), _shape(row[2], where)
+        _need(len(offset) == len(extent), where, f"offset {offset} does not go with shape {extent}")
+        boxes.append(Box(offset, extent))
+    return Shards.of_boxes(shape, numbers, boxes)
 
 
-def _check_disjoint(tensors: dict[str, StoredTensor], files: tuple[DataFile, ...]) -> None:
-    """No byte of a file belongs to two boxes: what is read can then never be more than the files hold."""
-    spans: list[tuple[int, int, int, str]] = []
-    for key, tensor in tensors.items():
-        size = dtype_of(tensor.dtype, key).itemsize
-        spans += [(s.file, s.at, s.at + s.box.numel * size, key) for s in tensor.shards if s.box.numel]
-    spans.sort()
-    for (file, _, stop, key), (next_file, start, _, other) in pairwise(spans):
-        _need(file != next_file or stop <= start, f"tensors {key!r} and {other!r}", f"overlap in {files[file].name}")
+def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
+    """Every run written out. A file holds one part of a tensor, so that there can be no more parts than files."""
+    columns: list[list[Any]] = [[], [], []]
+    parts = 0
+    for row in rows:
+        _need(len(row) in (3, 6), where, f"a part with {len(row)} fields")
+        file, start, count = (_int(n, where) for n in row[:3])
+        times, far, step = (_int(n, where) for n in (row[3:] or (1, 0, 0)))
+        parts += times
+        _need(times >= 1 and parts <= files, where, f"more parts than the {files} files")
+        _need(file + (times - 1) * far < files, where, "a part in a file that is not listed")
+        last = start + (times - 1) * step
+        _need(last + count <= math.prod(shape), where, f"elements {last} to {last + count} are outside shape {shape}")
+        lane = np.arange(times, dtype=np.int64)
+        for column, numbers in zip(columns, (file + lane * far, start + lane * step, lane * 0 + count), strict=True):
+            column.append(numbers)
+    return Shards.intervals(shape, *(np.concatenate(column) if column else [] for column in columns))
 
 
 def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:
@@ -359,7 +327,8 @@ def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:
 
 def _opt(value: Json, tensors: dict[str, StoredTensor]) -> OptPart:
     item = _dict(value, "opt", ("params", "groups", "states"))
-    params = {n: _shape(s, f"parameter {n!r}") for n, s in _dict(item["params"], "opt.params").items()}
+    shapes = _dict(item["params"], "opt.params").items()
+    params = {n: None if s is None else _shape(s, f"parameter {n!r}") for n, s in shapes}
     groups = tuple(_group(g, f"opt.groups[{i}]") for i, g in enumerate(_list(item["groups"], "opt.groups")))
     members = [name for group in groups for name in group.params]
     _need(len(set(members)) == len(members), "opt.groups", "a parameter is in two groups")

@@ -40,6 +40,14 @@ class Peers:
         self.rank, self.size = dist.get_rank(chosen), dist.get_world_size(chosen)
         self._group = _cpu_group(chosen)
 
+    def apart(self) -> Peers:
+        """The same processes with a Gloo group of their own, for collectives in another thread. Collective."""
+        other = object.__new__(Peers)
+        other.rank, other.size, other._group = self.rank, self.size, None
+        if self._group is not None:
+            other._group = _gloo_group(self._group)
+        return other
+
     def agree(self, doing: str, work: Callable[[], T]) -> list[T]:
         """The results of `work` of all ranks; CheckpointError on every rank where it failed on any. Collective."""
         own, caught = _attempt(work)
@@ -121,6 +129,10 @@ def _cpu_group(group: Any) -> Any:
     if "cpu:" in dist.get_backend_config(group):
         return group
     if group not in _cpu_groups:
-        ranks = dist.get_process_group_ranks(group)
-        _cpu_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _cpu_groups[group] = _gloo_group(group)
     return _cpu_groups[group]
+
+
+def _gloo_group(group: Any) -> Any:
+    """A new Gloo group of the ranks of `group`, which alone make it."""
+    return dist.new_group(dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)

@@ -1,8 +1,8 @@
-"""Getting boxes of tensors out of data files: only the blocks that are needed, each verified, into fresh memory."""
+"""Getting boxes of tensors out of data files: only the blocks that are needed, each verified, straight into place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,97 +13,151 @@ from torch import Tensor
 from ..pieces import Box
 from .dtypes import DTYPES, memory
 from .errors import CheckpointError
-from .manifest import Manifest
-from .plan import Read, ShardIndex, Use, flat_index, join_reads, uses
+from .plan import Read, Use, reads
+from .records import Manifest
+from .shards import flat_index
 from .storage import Storage
 
-_AT_ONCE = 8  # requests in flight; each holds at most 16 MiB beside the destination
+_AT_ONCE = 16  # requests in flight, of at most 16 MiB each
+_VERIFIED_AT_ONCE = 1 << 20  # bytes that a thread holds at least while it only verifies
 
 
 @dataclass
 class Wanted:
-    """Boxes wanted of the stored tensor `key`; `buffers` holds their data (CPU, contiguous) after reading."""
+    """Boxes wanted of the stored tensor `key`. `buffers` get their data: those given, or new ones on the CPU.
+
+    A buffer has the shape of its box. It may be on any device, of any strides and of another dtype, and is then written
+    by way of the CPU.
+    """
 
     key: str
     boxes: list[Box]
     buffers: list[Tensor] = field(default_factory=list)
 
 
-def read(storage: Storage, folder: str, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
+def read(storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
     """Fill the buffers of `wanted` from the data files. Raises CheckpointError naming file, bytes and tensor."""
-    stretches: list[Use] = []
-    targets: list[tuple[Box, Tensor]] = []
     for want in wanted:
-        stored = manifest.tensors[want.key]
-        dtype = DTYPES[stored.dtype]
-        index = ShardIndex(stored.shards)
-        want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
-        for box, buffer in zip(want.boxes, want.buffers, strict=True):
-            stretches += uses(want.key, len(targets), box, dtype.itemsize, index, manifest.block)
-            targets.append((box, buffer))
-    reader = _Reader(storage, folder, manifest, targets)
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done in [pool.submit(reader.run, request) for request in join_reads(stretches)]:
-            done.result()
+        if not want.buffers:
+            dtype = DTYPES[manifest.tensors[want.key].dtype]
+            want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
+    _Reader(storage, manifest, wanted).run()
+
+
+def verify(storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
+    """Read all that `read` would, check it, and keep nothing; a few MiB of memory. Raises as `read` does."""
+    _Reader(storage, manifest, wanted).run(keep=False)
 
 
 class _Reader:
-    """Carries out requests; safe to use from several threads, since requests write to different places."""
+    """Carries out requests in several threads, which write to different places."""
 
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest, targets: list[tuple[Box, Tensor]]) -> None:
-        self.storage, self.folder, self.manifest, self.targets = storage, folder, manifest, targets
+    def __init__(self, storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
+        self.storage, self.manifest = storage, manifest
+        self.targets: list[tuple[str, Box, Tensor | None]] = []
+        uses: list[Use] = []
+        for want in wanted:
+            stored = manifest.tensors[want.key]
+            itemsize = DTYPES[stored.dtype].itemsize
+            for number, box in enumerate(want.boxes):
+                for shard, common in stored.shards.meeting(box, itemsize):
+                    uses.append(Use(len(self.targets), shard.file, shard.at, shard.box, common, itemsize))
+                self.targets.append((want.key, box, want.buffers[number] if want.buffers else None))
+        ends = [(file.header, file.bytes) for file in manifest.files]
+        self.reads = reads(uses, ends, manifest.block)
 
-    def run(self, request: Read) -> None:
-        """Read, verify, and put the elements where they belong."""
-        path = f"{self.folder}/{self.manifest.files[request.file].name}"
-        direct = self._direct(request)
-        if direct is not None:
-            self.storage.read_into(path, request.start, direct)
-            for use, view in zip(request.uses, direct, strict=True):
-                self._verify(use, view)
-            return
-        scratch = torch.empty(request.stop - request.start, dtype=torch.uint8)
-        self.storage.read_into(path, request.start, [memory(scratch)])
-        for use in request.uses:
-            at = use.shard.at + use.start - request.start
-            data = scratch[at : at + use.stop - use.start]
-            self._verify(use, memory(data))
-            self._scatter(use, data)
+    def run(self, keep: bool = True) -> None:
+        """All requests; the first error ends it."""
+        work = self._read if keep else self._check
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            futures = [pool.submit(work, request) for request in self.reads]
+            try:
+                for done in futures:
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def _direct(self, request: Read) -> list[memoryview] | None:
-        """The destinations as memory, where all bytes of the request go to one place each, in order; else None."""
-        views, at = [], request.start
-        for use in request.uses:
-            box, buffer = self.targets[use.target]
-            first = _one_place(use, box)
-            if first is None or use.shard.at + use.start != at:
-                return None
-            at += use.stop - use.start
-            start = first * use.itemsize
-            views.append(memory(buffer)[start : start + use.stop - use.start])
-        return views
-
-    def _verify(self, use: Use, data: memoryview) -> None:
+    def _check(self, request: Read) -> None:
         block = self.manifest.block
-        for at in range(0, len(data), block):
-            number = (use.start + at) // block
-            if xxhash.xxh3_64_hexdigest(data[at : at + block]) != use.shard.blocks[16 * number : 16 * number + 16]:
-                file = self.manifest.files[use.shard.file].name
-                start = use.shard.at + use.start + at
-                stop = start + len(data[at : at + block])
-                raise CheckpointError(
-                    f"{self.storage.url}/{self.folder}/{file} is damaged: bytes {start} to {stop}, of {use.key!r}, do"
-                    f" not have the checksum they were saved with"
-                )
+        scratch = torch.empty(min(request.stop - request.start, max(block, _VERIFIED_AT_ONCE)), dtype=torch.uint8)
+        for start in range(request.start, request.stop, scratch.numel()):
+            view = memory(scratch)[: request.stop - start]
+            self.storage.read_into(self.manifest.files[request.file].path, start, [view])
+            self._verify(request, start, [view])
 
-    def _scatter(self, use: Use, data: Tensor) -> None:
-        """Copy from the bytes of a stored box to the part of the wanted box that they belong to."""
-        target, buffer = self.targets[use.target]
+    def _read(self, request: Read) -> None:
+        """Read, verify, and put the elements where they belong."""
+        views: list[memoryview] = []
+        later: list[tuple[Use, int, int, Tensor]] = []
+        at = request.start
+        for use in request.uses:
+            start, stop = max(at, use.at), min(request.stop, use.stop)
+            direct = self._place(use, start, stop) if start == max(request.start, use.at) else None
+            if direct is None:
+                continue
+            if start > at:
+                views += self._aside(request, at, start, later)
+            views.append(direct)
+            at = stop
+        if at < request.stop:
+            views += self._aside(request, at, request.stop, later)
+        self.storage.read_into(self.manifest.files[request.file].path, request.start, views)
+        self._verify(request, request.start, views)
+        for use, start, stop, data in later:
+            self._scatter(use, start, stop, data)
+
+    def _aside(
+        self, request: Read, start: int, stop: int, later: list[tuple[Use, int, int, Tensor]]
+    ) -> list[memoryview]:
+        """Memory for bytes that have no place of their own; what uses want of them is noted in `later`."""
+        scratch = torch.empty(stop - start, dtype=torch.uint8)
+        for use in request.uses:
+            first, last = max(start, use.at), min(stop, use.stop)
+            if first < last:
+                later.append((use, first, last, scratch[first - start : last - start]))
+        return [memory(scratch)]
+
+    def _place(self, use: Use, start: int, stop: int) -> memoryview | None:
+        """The memory of the destination where the bytes `start` to `stop` go to one place there; else None."""
+        key, target, buffer = self.targets[use.target]
+        plain = buffer is not None and buffer.device.type == "cpu" and buffer.is_contiguous() and start < stop
+        if buffer is None or not plain or buffer.dtype is not DTYPES[self.manifest.tensors[key].dtype]:
+            return None
+        if use.box == target:
+            first: int | None = (start - use.at) // use.itemsize
+        else:
+            first = _one_place(use.boxes(start, stop), target)
+        if first is None:
+            return None
+        return memory(buffer)[first * use.itemsize : first * use.itemsize + stop - start]
+
+    def _verify(self, request: Read, start: int, views: Sequence[memoryview]) -> None:
+        """Compare the checksums of the blocks that `views` hold, one after the other, from byte `start` on."""
+        file = self.manifest.files[request.file]
+        block = self.manifest.block
+        number = (start - file.header) // block
+        for digest in _digests(views, block):
+            if digest != file.blocks[16 * number : 16 * number + 16]:
+                first = file.header + number * block
+                last = min(first + block, file.bytes)
+                keys = sorted({self.targets[u.target][0] for u in request.uses if u.at < last and u.stop > first})
+                of = " and ".join(repr(key) for key in keys[:3]) or "no tensor that was asked for"
+                raise CheckpointError(
+                    f"{self.storage.url}/{file.path} is damaged: bytes {first} to {last}, of {of}, do not have the "
+                    f"checksum they were saved with"
+                )
+            number += 1
+
+    def _scatter(self, use: Use, start: int, stop: int, data: Tensor) -> None:
+        """Copy the bytes `start` to `stop` of the file to the part of the wanted box that they belong to."""
+        key, target, buffer = self.targets[use.target]
+        assert buffer is not None
         if data.storage_offset() % use.itemsize:
             data = data.clone()
-        elements = data.view(buffer.dtype)
+        elements = data.view(DTYPES[self.manifest.tensors[key].dtype])
         at = 0
-        for box in use.boxes:
+        for box in use.boxes(start, stop):
             part = elements[at : at + box.numel].view(box.shape)
             at += box.numel
             common = box.intersect(target)
@@ -111,11 +165,31 @@ class _Reader:
                 buffer[common.relative_to(target).slices].copy_(part[common.relative_to(box).slices])
 
 
-def _one_place(use: Use, target: Box) -> int | None:
-    """The flat index in `target` from which on all elements of `use` lie in a row, or None."""
+def _digests(views: Sequence[memoryview], block: int) -> Iterator[str]:
+    """The digest of every `block` bytes of the views, taken as one; the last block may be shorter."""
+    hasher, room = xxhash.xxh3_64(), block
+    for view in views:
+        at = 0
+        while at < len(view):
+            chunk = view[at : at + room]
+            at += len(chunk)
+            if len(chunk) == block:
+                yield xxhash.xxh3_64_hexdigest(chunk)
+                continue
+            hasher.update(chunk)
+            room -= len(chunk)
+            if not room:
+                yield hasher.hexdigest()
+                hasher, room = xxhash.xxh3_64(), block
+    if room < block:
+        yield hasher.hexdigest()
+
+
+def _one_place(boxes: Sequence[Box], target: Box) -> int | None:
+    """The flat index in `target` from which on all elements of `boxes` lie in a row, or None."""
     first: int | None = None
     expected = 0
-    for box in use.boxes:
+    for box in boxes:
         if box.intersect(target) != box:
             return None
         local = box.relative_to(target)

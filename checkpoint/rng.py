@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .dtypes import in_use
 from .errors import CheckpointError
 from .manifest import canonical
 from .values import decode, encode
@@ -27,7 +28,7 @@ def capture() -> dict[str, Tensor]:
         "python": _to_bytes(random.getstate(), "random.getstate()"),
         "numpy": _to_bytes(np.random.get_state(legacy=False), "numpy.random.get_state()"),
     }
-    if _cuda_in_use():
+    if in_use("cuda"):
         states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
@@ -69,15 +70,10 @@ def fresh(save_id: str, rank: int) -> dict[str, Tensor]:
         "python": _to_bytes(random.Random(seed).getstate(), "random"),
         "numpy": _to_bytes(np.random.RandomState(seed % (1 << 32)).get_state(legacy=False), "numpy"),
     }
-    if _cuda_in_use():
+    if in_use("cuda"):
         for i in range(torch.cuda.device_count()):
             states[f"cuda:{i}"] = torch.Generator(f"cuda:{i}").manual_seed(seed).get_state()
     return states
-
-
-def _cuda_in_use() -> bool:
-    started: Any = torch.cuda.is_initialized  # torch leaves it without types
-    return torch.cuda.is_available() and bool(started())
 
 
 def _to_bytes(state: Any, where: str) -> Tensor:

@@ -6,11 +6,14 @@ See [Note: commit].
 from __future__ import annotations
 
 import datetime
+import json
+import math
 import numbers
 import os
 import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,30 +22,32 @@ import xxhash
 from torch import nn
 
 from .. import __version__
-from . import gather, rng
-from .catalog import step_folder
-from .datafile import BlockDigests, Item, Origin, header
+from . import assemble, catalog, gather, rng
+from .compare import compare, merge_states
+from .datafile import Item, Origin
 from .dtypes import DTYPES, dtype_name
 from .errors import CheckpointError
 from .gather import Snapshot
-from .manifest import (
+from .manifest import canonical, from_bytes, to_bytes
+from .peers import LostContact, Peers
+from .plan import Whole, block_bytes, share_out
+from .records import (
+    INDEX,
     MANIFEST,
-    DataFile,
     Group,
     Manifest,
     ModelPart,
     OptPart,
     ParamStates,
-    StoredTensor,
-    canonical,
+    file_key,
     model_key,
+    rng_key,
     state_key,
-    to_bytes,
+    step_folder,
 )
-from .peers import LostContact, Peers
-from .plan import PART_BYTES, Shard, Whole, Written, block_bytes, check_cover, pack, share_out
 from .storage import Storage, open_storage
 from .values import Json, check_json, encode
+from .writing import FileRecord, Writer
 
 # [Note: commit]
 # 1. Every rank gathers what it holds; records are exchanged; ranks that disagree raise, before anything is written.
@@ -59,77 +64,82 @@ def save(
     model: nn.Module | None = None,
     opt: torch.optim.Optimizer | None = None,
     scheduler: Any = None,
+    scaler: Any = None,
+    loader: Any = None,
     extra: Json = None,
+    reuse: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> str:
     """Save a checkpoint of `step` under the root `url` (a path or any fsspec URL) and return the step folder's URL.
 
     model: its parameters and buffers, as its state dict names them (buffers may differ between ranks: those of rank 0
     are saved). opt: groups, hyper-parameters, freezing and states.
-    scheduler: anything with a state_dict of plain values. extra: JSON, taken from rank 0.
+    scheduler, scaler: anything with a state_dict of plain values, such as an LRScheduler and a GradScaler.
+    loader: the same for the position in the data, which may differ between ranks. extra: JSON, taken from rank 0.
     The random generators of every rank are saved too.
+    reuse: files in which nothing has changed since the newest checkpoint before, such as those of frozen groups, are
+    not written again; the manifest names the earlier ones, so the step folders then belong together.
 
     Collective: every rank of `group` (default: the default group, or this process alone) must call it. When it returns,
     the checkpoint is complete and on disk. Raises CheckpointError on every rank where anything fails on one; then the
     checkpoints before are as they were and this one does not exist. A step is never overwritten.
     """
     peers = Peers(group)
-    work = _Save(peers, url, step, model, opt, scheduler, extra)
-    records = peers.agree("gathering what to save", work.collect)
-    work.plan(records)
-    try:
-        answer = peers.to_first("writing the checkpoint", work.write, work.commit)
-    except LostContact:
-        raise
-    except CheckpointError:
-        work.discard()
-        raise
-    return str(answer)
+    work = Save(peers, url, step, Parts(model, opt, scheduler, scaler, loader, extra))
+    work.prepare()
+    return work.finish(work.items(), reuse)
 
 
-def _same(value: Json) -> Json:
-    return value
+@dataclass(frozen=True)
+class Parts:
+    """What is saved, as in `save`."""
+
+    model: nn.Module | None = None
+    opt: torch.optim.Optimizer | None = None
+    scheduler: Any = None
+    scaler: Any = None
+    loader: Any = None
+    extra: Json = None
 
 
-class _Save:
-    """One save on one rank."""
+class Save:
+    """One save on one rank: `prepare`, then `finish` with the `items` or copies of them."""
 
     storage: Storage
     folder = ""
 
-    def __init__(
-        self,
-        peers: Peers,
-        url: str | os.PathLike[str],
-        step: int,
-        model: nn.Module | None,
-        opt: torch.optim.Optimizer | None,
-        scheduler: Any,
-        extra: Json,
-    ) -> None:
+    def __init__(self, peers: Peers, url: str | os.PathLike[str], step: int, parts: Parts) -> None:
         self.peers = peers
-        self.url, self.step = url, step
-        self.model, self.opt, self.scheduler, self.extra = model, opt, scheduler, extra
+        self.url, self.step, self.parts = url, step, parts
         self.snapshot = Snapshot()
-        self.schedule: Json = None
+        self.values: dict[str, Json] = {"scheduler": None, "scaler": None}
+        self.loader: tuple[Json, ...] = ()
         self.rng: list[list[str]] = []
         self.mine: list[tuple[str, Any]] = []
         self.block = 0
         self.save_id = ""
-        self.written: list[str] = []
+        self.base: Manifest | None = None
+        self.writer: Writer | None = None
+        self.written: list[FileRecord] = []
+        self.failed: Exception | None = None
 
-    def collect(self) -> dict[str, Json]:
-        """Look at everything, write nothing; the record that all ranks see."""
+    def prepare(self) -> None:
+        """Look at everything, compare the ranks and share out the work. Writes nothing. Collective."""
+        self._plan(self.peers.agree("gathering what to save", self._collect))
+
+    def _collect(self) -> dict[str, Json]:
         if not isinstance(self.step, numbers.Integral) or isinstance(self.step, bool) or self.step < 0:
             raise CheckpointError(f"step must be a whole number from 0, got {self.step!r}")
         self.step = int(self.step)
-        check_json(self.extra, "extra")
-        if self.scheduler is not None:
-            self.schedule = encode(self.scheduler.state_dict(), "scheduler")
-        if self.model is not None:
-            gather.take_model(self.snapshot, self.model)
-        if self.opt is not None:
-            gather.take_optimizer(self.snapshot, self.opt, self.model)
+        parts = self.parts
+        check_json(parts.extra, "extra")
+        for what, holder in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
+            if holder is not None:
+                self.values[what] = encode(holder.state_dict(), what)
+        if parts.model is not None:
+            gather.take_model(self.snapshot, parts.model)
+        if parts.opt is not None:
+            gather.take_optimizer(self.snapshot, parts.opt, parts.model)
         generators = rng.capture()
         gather.take_rng(self.snapshot, self.peers.rank, generators)
         self.storage = open_storage(self.url)
@@ -144,24 +154,28 @@ class _Save:
             "save_id": secrets.token_hex(4),
             "bytes": self.snapshot.own_bytes,
             "rng": list(generators),
+            "loader": [] if parts.loader is None else [encode(parts.loader.state_dict(), "loader")],
             "digests": {part: xxhash.xxh3_64_hexdigest(canonical(v)) for part, v in self.snapshot.about.items()},
         }
 
-    def plan(self, records: list[dict[str, Json]]) -> None:
+    def _plan(self, records: list[dict[str, Json]]) -> None:
         """Compare the ranks' records and share out what several hold. Every rank comes to the same result or error."""
         for what in ("url", "step"):
-            _compare(what, [record[what] for record in records])
+            compare(what, [record[what] for record in records])
         self.save_id = records[0]["save_id"]
         self.rng = [record["rng"] for record in records]
+        compare("having a loader", [len(record["loader"]) for record in records])
+        positions = [position for record in records for position in record["loader"]]
+        self.loader = tuple(positions[:1] if all(p == positions[0] for p in positions) else positions)
         digests = [record["digests"] for record in records]
         for part in ("model", "opt"):
             if any(d[part] != digests[0][part] for d in digests):
                 own = self.snapshot.about[part]
-                _compare(part, self.peers.agree("comparing the ranks", partial(_same, own)))
+                compare(part, self.peers.agree("comparing the ranks", partial(_same, own)))
         states = [self.snapshot.about["state"]]
         if any(d["state"] != digests[0]["state"] for d in digests):
             states = self.peers.agree("comparing the ranks", lambda: self.snapshot.about["state"])
-        self.states, holders = _merge_states(states)
+        self.states, holders = merge_states(states)
         shared = self._shared_tensors(holders)
         loads = [int(record["bytes"]) for record in records]
         self.block = block_bytes(sum(loads) + sum(tensor.nbytes for tensor in shared))
@@ -173,7 +187,7 @@ class _Save:
         for name, (kind, dtype, shape) in (model["tensors"] if model else {}).items():
             if kind != "pieces":
                 holders_of = (0,) if kind == "first" else None
-                shared.append(Whole(model_key(name), tuple(shape), DTYPES[dtype].itemsize, holders_of))
+                shared.append(Whole(model_key(name), tuple(shape), DTYPES[dtype].itemsize, holders_of, cut=False))
         for name, state in self.states.items():
             for key, (kind, *about) in state.items():
                 if kind == "shared":
@@ -181,51 +195,82 @@ class _Save:
                     shared.append(Whole(stored, tuple(about[1]), DTYPES[about[0]].itemsize, holders.get(stored)))
         return shared
 
-    def write(self) -> dict[str, Any]:
-        """Write this rank's files; the record for rank 0."""
-        items = list(self.snapshot.own)
-        for key, box in self.mine:
-            whole = self.snapshot.shared[key]
-            items.append(Item(key, dtype_name(whole.dtype, key), tuple(whole.shape), box, whole[box.slices]))
-        self.storage.make_folder(self.folder)
-        parts = pack([(i.key, i.box, i.data.element_size()) for i in items], PART_BYTES)
-        files, tensors = [], []
-        for number, part in enumerate(parts):
-            cuts = [_cut(items[w.source], w) for w in part]
-            origin = Origin(self.save_id, self.step, self.peers.rank, self.peers.size, number)
-            file, shards = self._write_file(origin, cuts)
-            files.append(file)
-            tensors += [
-                (i.key, i.dtype, i.shape, number, at, i.box, blocks)
-                for i, (at, blocks) in zip(cuts, shards, strict=True)
-            ]
+    def items(self) -> list[Item]:
+        """The boxes that this rank writes, with the live data."""
+        shared = self.snapshot.shared
+        items = [
+            Item(key, dtype_name(shared[key].dtype, key), tuple(shared[key].shape), box, shared[key][box.slices])
+            for key, box in self.mine
+        ]
+        frozen = self.snapshot.frozen
+        return [replace(item, frozen=True) if item.key in frozen else item for item in (*self.snapshot.own, *items)]
+
+    def finish(self, items: Sequence[Item], reuse: bool, peers: Peers | None = None) -> str:
+        """Write `items` and commit; the URL of the step folder. Collective, with `peers` in place of its own.
+
+        reuse: look for the checkpoint before, whose unchanged files may be used again.
+        """
+        peers = peers or self.peers
+        try:
+            if reuse:
+                data = peers.on_first("looking at the checkpoint before", self._newest_before)
+                self.base = from_bytes(data) if data else None
+            answer = peers.to_first("writing the checkpoint", lambda: self._write(items), self._commit)
+        except LostContact:
+            raise
+        except CheckpointError:
+            self._discard()
+            raise
+        return str(answer)
+
+    def _newest_before(self) -> bytes | None:
+        return catalog.newest_before(self.storage, self.step)
+
+    def write_now(self, items: Sequence[Item]) -> None:
+        """Write some of the items ahead of `finish`, which gets the others."""
+        if self.writer is None:
+            self.storage.make_folder(self.folder)
+            origin = Origin("s", self.save_id, self.step, self.peers.rank, self.peers.size, 0)
+            self.writer = Writer(self.storage, self.folder, origin, self.block)
+        self.written += self.writer.write(items, self.base)
+
+    def _write(self, items: Sequence[Item]) -> assemble.RankRecord:
+        if self.failed is not None:
+            raise self.failed
+        self.write_now(items)
         self.storage.sync_folder(self.folder)
-        return {"files": files, "tensors": tensors}
+        keys, expected = self._keys()
+        return assemble.rank_record(self.written, {key: number for number, key in enumerate(keys)}, expected)
 
-    def _write_file(self, origin: Origin, items: list[Item]) -> tuple[DataFile, list[tuple[int, str]]]:
-        head = header(items, origin)
-        bodies = [BlockDigests(item, self.block) for item in items]
-        path = f"{self.folder}/{origin.file_name}"
-        self.written.append(path)
-        self.storage.create(path, chain([head], *(body.chunks() for body in bodies)))
-        shards, at = [], len(head)
-        for item, body in zip(items, bodies, strict=True):
-            shards.append((at, "".join(body.hex)))
-            at += item.nbytes
-        return DataFile(origin.file_name, at, len(head), xxhash.xxh3_64_hexdigest(head)), shards
+    def _keys(self) -> tuple[list[str], dict[str, Any]]:
+        """All keys of this checkpoint, sorted, and the shapes that every rank knows; the same on every rank."""
+        model, opt = self.snapshot.about["model"], self.snapshot.about["opt"]
+        shapes: dict[str, Any] = {}
+        for name, (_, _, shape) in (model["tensors"] if model else {}).items():
+            shapes[model_key(name)] = tuple(shape)
+        for name, state in self.states.items():
+            for key, (kind, *about) in state.items():
+                if kind != "value":
+                    shape = about[1] if kind == "shared" else opt["params"][name]
+                    shapes[state_key(name, key)] = None if shape is None else tuple(shape)
+        keys = [*shapes, *(rng_key(rank, name) for rank, names in enumerate(self.rng) for name in names)]
+        return sorted(keys), shapes
 
-    def commit(self, records: list[dict[str, Any]]) -> str:
+    def _commit(self, records: list[assemble.RankRecord]) -> str:
         """On rank 0: check all records, then publish the manifest. The URL of the step folder."""
         manifest = self.manifest(records)
-        for key, tensor in manifest.tensors.items():
-            check_cover(f"tensor {key!r}", tensor.shape, [shard.box for shard in tensor.shards])
-        seen = self.storage.sizes(self.folder)
+        seen = {step: self.storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
         for file in manifest.files:
-            if seen.get(file.name) != file.bytes:
+            there = seen[file.step].get(file.name, "no such file")
+            if there != file.bytes:
                 raise CheckpointError(
-                    f"{self.storage.url}/{self.folder}/{file.name} was written with {file.bytes} bytes, but rank 0 "
-                    f"sees {seen.get(file.name, 'no such file')}: is the storage shared by all ranks?"
+                    f"{self.storage.url}/{file.path} was written with {file.bytes} bytes, but rank 0 sees {there}: "
+                    f"is the storage shared by all ranks?"
                 )
+        index = hugging_face_index(manifest)
+        if index is not None:
+            self.storage.remove(f"{self.folder}/{INDEX}")  # that of a save that died
+            self.storage.publish(f"{self.folder}/{INDEX}", index)
         try:
             self.storage.publish(f"{self.folder}/{MANIFEST}", to_bytes(manifest))
         except FileExistsError:
@@ -234,24 +279,17 @@ class _Save:
             ) from None
         return f"{self.storage.url}/{self.folder}"
 
-    def manifest(self, records: list[dict[str, Any]]) -> Manifest:
+    def manifest(self, records: list[assemble.RankRecord]) -> Manifest:
         """The manifest of what all ranks wrote."""
-        files: list[DataFile] = []
-        tensors: dict[str, tuple[str, Any, list[Shard]]] = {}
-        for rank, record in enumerate(records):
-            for key, dtype, shape, number, at, box, blocks in record["tensors"]:
-                entry = tensors.setdefault(key, (dtype, shape, []))
-                if entry[:2] != (dtype, shape):
-                    raise CheckpointError(
-                        f"rank {rank} holds {key!r} as {dtype}{shape}, another rank as {entry[0]}{entry[1]}"
-                    )
-                entry[2].append(Shard(len(files) + number, at, box, blocks))
-            files += record["files"]
+        keys, expected = self._keys()
+        files, tensors = assemble.assemble(records, keys, expected)
         opt = self.snapshot.about["opt"]
         for name, state in self.states.items():  # a tensor without elements has no piece on any rank
             for key, about in state.items():
-                if about[0] == "pieces":
-                    tensors.setdefault(state_key(name, key), (opt["dtypes"][name], tuple(opt["params"][name]), []))
+                if about[0] == "pieces" and opt["params"][name] is not None:
+                    assemble.with_empty(tensors, state_key(name, key), opt["dtypes"][name], tuple(opt["params"][name]))
+        for name, (_, dtype, shape) in (self.snapshot.about["model"] or {"tensors": {}})["tensors"].items():
+            assemble.with_empty(tensors, model_key(name), dtype, tuple(shape))
         return Manifest(
             step=self.step,
             save_id=self.save_id,
@@ -259,87 +297,49 @@ class _Save:
             world_size=self.peers.size,
             library={"fastopt": __version__, "torch": str(torch.__version__)},
             block=self.block,
-            files=tuple(files),
-            tensors={key: StoredTensor(dtype, shape, tuple(shards)) for key, (dtype, shape, shards) in tensors.items()},
+            files=files,
+            tensors=tensors,
             model=_model_part(self.snapshot.about["model"]),
             opt=_opt_part(opt, self.states),
-            scheduler=self.schedule,
+            scheduler=self.values["scheduler"],
+            scaler=self.values["scaler"],
+            loader=self.loader,
             rng=tuple(tuple(names) for names in self.rng),
-            extra=self.extra,
+            extra=self.parts.extra,
         )
 
-    def discard(self) -> None:
+    def _discard(self) -> None:
         """After a failed save: remove this rank's files, as far as possible, unless a manifest is there after all."""
         try:
             if MANIFEST not in self.storage.sizes(self.folder):
-                for path in self.written:
+                for path in self.writer.created if self.writer else ():
                     self.storage.remove(path)
+                self.storage.remove(f"{self.folder}/{INDEX}")
                 self.storage.remove_folder(self.folder)
         except Exception:  # the error that led here is the one to show
             return
 
 
-def _cut(item: Item, written: Written) -> Item:
-    if written.box == item.box:
-        return item
-    local = written.box.relative_to(item.box)
-    return Item(item.key, item.dtype, item.shape, written.box, item.data[local.slices])
+def hugging_face_index(manifest: Manifest) -> bytes | None:
+    """`model.safetensors.index.json`, by which Hugging Face's libraries find the weights; None unless the checkpoint
+    has a model whose tensors are all whole. A file of an earlier step is named relative to the step folder."""
+    if manifest.model is None:
+        return None
+    homes: dict[str, str] = {}
+    total = 0
+    for name in manifest.model.tensors:
+        tensor = manifest.tensors[model_key(name)]
+        if len(tensor.shards) != 1:
+            return None
+        file = manifest.files[int(tensor.shards.file[0])]
+        homes[file_key(model_key(name))] = file.name if file.step == manifest.step else f"../{file.path}"
+        total += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": homes}
+    return json.dumps(index, indent=2, sort_keys=True).encode()
 
 
-def _merge_states(ranks: list[Json]) -> tuple[dict[str, dict[str, Json]], dict[str, tuple[int, ...]]]:
-    """What all ranks together say about states, and for each shared one who holds it (nothing where all agree)."""
-    if len(ranks) == 1:
-        return ranks[0], {}
-    merged: dict[str, dict[str, Json]] = {}
-    holders: dict[str, tuple[int, ...]] = {}
-    first: dict[str, int] = {}
-    for rank, states in enumerate(ranks):
-        for name, state in states.items():
-            for key, about in state.items():
-                stored = state_key(name, key)
-                known = merged.setdefault(name, {}).setdefault(key, about)
-                first.setdefault(stored, rank)
-                if {known[0], about[0]} == {"shared", "pieces"}:  # one rank holds all there is, as after consolidating
-                    known = known if known[0] == "shared" else about
-                    merged[name][key] = known
-                elif known != about:
-                    raise CheckpointError(
-                        f"ranks disagree on the state {key!r} of {name!r}: {_short(known)} on rank {first[stored]}, "
-                        f"{_short(about)} on rank {rank}"
-                    )
-                if about[0] == "shared":
-                    holders[stored] = (*holders.get(stored, ()), rank)
-    return merged, holders
-
-
-def _compare(what: str, values: list[Json]) -> None:
-    """Raise CheckpointError that says where the values of the ranks differ first."""
-    for rank, value in enumerate(values):
-        found = _difference(values[0], value, what)
-        if found:
-            where, a, b = found
-            raise CheckpointError(f"ranks disagree on {where}: {_short(a)} on rank 0, {_short(b)} on rank {rank}")
-
-
-def _difference(a: Json, b: Json, where: str) -> tuple[str, Json, Json] | None:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(k for k in b if k not in a)]:
-            if key not in a or key not in b:
-                return f"{where} {key!r}", "there" if key in a else "missing", "there" if key in b else "missing"
-            if found := _difference(a[key], b[key], f"{where} {key!r}"):
-                return found
-    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            if found := _difference(x, y, f"{where} {i}"):
-                return found
-    elif a != b or type(a) is not type(b):
-        return where, a, b
-    return None
-
-
-def _short(value: Json) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else text[:197] + "..."
+def _same(value: Json) -> Json:
+    return value
 
 
 def _model_part(about: Json) -> ModelPart | None:
@@ -357,4 +357,5 @@ def _opt_part(about: Json, states: dict[str, dict[str, Json]]) -> OptPart | None
         for name, state in states.items()
     }
     groups = tuple(Group(tuple(group["params"]), group["options"]) for group in about["groups"])
-    return OptPart({name: tuple(shape) for name, shape in about["params"].items()}, groups, parts)
+    shapes = {name: None if shape is None else tuple(shape) for name, shape in about["params"].items()}
+    return OptPart(shapes, groups, parts)

@@ -9,17 +9,25 @@ writing: closing one after an exception would publish half an object.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
+import inspect
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from .errors import CheckpointError
+from .errors import CheckpointError, StorageError
+from .retries import retry
 
 Chunk = bytes | memoryview
+T = TypeVar("T")
+
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
+_COMPARED = 16 << 20  # bytes read at once when an object is compared
 
 
 class Storage(Protocol):
@@ -32,6 +40,9 @@ class Storage(Protocol):
 
     def sizes(self, folder: str) -> dict[str, int | None]:
         """Names in `folder` with their bytes (None for a folder); empty where there is no such folder."""
+
+    def modified(self, folder: str) -> dict[str, float]:
+        """When the names in `folder` were written, in seconds since 1970 by the storage's clock, where it says so."""
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """Write a new file that survives a crash once this returns. FileExistsError where there is one."""
@@ -77,12 +88,12 @@ class LocalStorage:
         self.url = str(self.root)
 
     def make_folder(self, folder: str) -> None:
-        """Create `folder` and its parents unless they exist; a new folder's entry is synced."""
+        """Create `folder` and its parents unless they exist; the entry of each new one is synced."""
         path = self.root / folder
-        new = not path.exists()
+        new = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        if new:
-            _sync(path.parent)
+        for place in new:
+            _sync(place.parent)
 
     def sizes(self, folder: str) -> dict[str, int | None]:
         """See Storage."""
@@ -96,6 +107,14 @@ class LocalStorage:
             with contextlib.suppress(FileNotFoundError):  # gone meanwhile
                 sizes[entry.name] = None if entry.is_dir() else entry.stat().st_size
         return sizes
+
+    def modified(self, folder: str) -> dict[str, float]:
+        """See Storage."""
+        times: dict[str, float] = {}
+        for name in self.sizes(folder):
+            with contextlib.suppress(FileNotFoundError):
+                times[name] = (self.root / folder / name).stat().st_mtime
+        return times
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """See Storage. A file that could not be written whole is removed again."""
@@ -121,7 +140,8 @@ class LocalStorage:
             try:
                 os.link(temporary, place)
             except FileExistsError:
-                raise
+                if not os.path.samefile(temporary, place):  # a network file system may repeat a link that it has made
+                    raise
             except OSError:
                 if place.exists():
                     raise FileExistsError(f"{place} exists") from None
@@ -132,7 +152,7 @@ class LocalStorage:
 
     def read_into(self, path: str, start: int, targets: Sequence[memoryview]) -> None:
         """See Storage; straight into the targets, without a copy."""
-        with open(self.root / path, "rb", buffering=0) as file:
+        with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
             for target in targets:
                 while target:
@@ -143,7 +163,8 @@ class LocalStorage:
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""
-        return (self.root / path).read_bytes()
+        with _damage(self.root / path):
+            return (self.root / path).read_bytes()
 
     def sync_folder(self, folder: str) -> None:
         """See Storage."""
@@ -164,6 +185,17 @@ class LocalStorage:
                 raise
 
 
+@contextlib.contextmanager
+def _damage(place: Path) -> Iterator[None]:
+    """A disk that cannot read a file has damaged it: then another checkpoint may be better."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CheckpointError(f"{place} is damaged: the disk cannot read it") from error
+
+
 def _write(handle: int, chunk: Chunk) -> None:
     view = memoryview(chunk)
     while view:
@@ -179,54 +211,103 @@ def _sync(folder: Path) -> None:
 
 
 class RemoteStorage:
-    """A prefix of any fsspec filesystem that is not the local one."""
+    """A prefix of any fsspec filesystem that is not the local one. What may pass by itself is tried again."""
 
     def __init__(self, fs: Any, root: str) -> None:
         self.fs = fs
         self.root = root.rstrip("/")
         self.url = str(fs.unstrip_protocol(self.root))
+        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+        self._folders = not _OBJECT_STORES.intersection(protocols)
 
     def _path(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
+    def _try(self, path: str, call: Callable[[], T]) -> T:
+        return retry(f"{self.url}/{path}" if path else self.url, call)
+
     def make_folder(self, folder: str) -> None:
-        """See Storage; an object store without folders takes it as nothing to do."""
-        self.fs.makedirs(self._path(folder), exist_ok=True)
+        """See Storage; nothing on an object store, where it could only make a bucket that nobody asked for."""
+        if self._folders:
+            self._try(folder, lambda: self.fs.makedirs(self._path(folder), exist_ok=True))
 
     def sizes(self, folder: str) -> dict[str, int | None]:
         """See Storage."""
+        return {name: None if e["type"] == "directory" else int(e["size"]) for name, e in self._list(folder).items()}
+
+    def modified(self, folder: str) -> dict[str, float]:
+        """See Storage."""
+        times = {name: _time(entry) for name, entry in self._list(folder).items()}
+        return {name: time for name, time in times.items() if time is not None}
+
+    def _list(self, folder: str) -> dict[str, dict[str, Any]]:
         path = self._path(folder)
-        self.fs.invalidate_cache(path)
+
+        def entries() -> list[dict[str, Any]]:
+            self.fs.invalidate_cache(path)
+            return list(self.fs.ls(path, detail=True))
+
         try:
-            entries = self.fs.ls(path, detail=True)
+            found = self._try(folder, entries)
         except FileNotFoundError:
             return {}
-        found: dict[str, int | None] = {}
-        for entry in entries:
-            name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-            found[name] = None if entry["type"] == "directory" else entry["size"]
-        return found
+        named = ((entry["name"].rstrip("/"), entry) for entry in found)
+        return {name.rsplit("/", 1)[-1]: entry for name, entry in named if name != path.strip("/")}
 
     def create(self, path: str, chunks: Iterable[Chunk]) -> None:
         """See Storage; the whole object is in memory once."""
         self.publish(path, b"".join(chunks))
 
     def publish(self, path: str, data: bytes) -> None:
-        """See Storage; where a filesystem knows no exclusive put, it is a look and a put."""
+        """See Storage; where a filesystem knows no exclusive put, it is a look and a put.
+
+        An object that is there already and holds exactly `data` is this very one: a put whose answer was lost has been
+        tried again. (What two saves write is never the same, their id is in it.)
+        """
         place = self._path(path)
         try:
-            self.fs.pipe_file(place, data, mode="create")
-        except (TypeError, NotImplementedError):
-            if self.fs.exists(place):
-                raise FileExistsError(f"{place} exists") from None
-            self.fs.pipe_file(place, data)
+            self._try(path, lambda: self._put_new(place, data))
+        except FileExistsError:
+            if not self._try(path, lambda: self._holds(place, data)):
+                raise
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.url}: there is no such bucket or folder ({error})") from error
+
+    def _put_new(self, place: str, data: bytes) -> None:
+        if _knows_exclusive_put(self.fs):
+            try:
+                self.fs.pipe_file(place, data, mode="create")
+                return
+            except (NotImplementedError, ValueError):
+                pass
+            except OSError as error:
+                if error.errno != errno.ENOSYS:  # a store that speaks S3, but not this part of it
+                    raise
+        self.fs.invalidate_cache(place)
+        if self.fs.exists(place):
+            raise FileExistsError(f"{place} exists")
+        self.fs.pipe_file(place, data)
+
+    def _holds(self, place: str, data: bytes) -> bool:
+        self.fs.invalidate_cache(place)
+        if self.fs.info(place)["size"] != len(data):
+            return False
+        steps = range(0, len(data), _COMPARED)
+        return all(
+            self.fs.cat_file(place, start=at, end=min(at + _COMPARED, len(data))) == data[at : at + _COMPARED]
+            for at in steps
+        )
 
     def read_into(self, path: str, start: int, targets: Sequence[memoryview]) -> None:
         """See Storage."""
         size = sum(len(target) for target in targets)
-        data = memoryview(self.fs.cat_file(self._path(path), start=start, end=start + size))
+        if not size:
+            return
+        place = self._path(path)
+        # By keyword: the second positional argument of s3fs is a version.
+        data = memoryview(self._try(path, lambda: self.fs.cat_file(place, start=start, end=start + size)))
         if len(data) != size:
-            raise CheckpointError(f"{path} gave {len(data)} of the {size} bytes at {start}")
+            raise CheckpointError(f"{self.url}/{path} gave {len(data)} of the {size} bytes at {start}")
         at = 0
         for target in targets:
             target[:] = data[at : at + len(target)]
@@ -234,7 +315,7 @@ class RemoteStorage:
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""
-        return bytes(self.fs.cat_file(self._path(path)))
+        return bytes(self._try(path, lambda: self.fs.cat_file(self._path(path))))
 
     def sync_folder(self, folder: str) -> None:
         """See Storage; objects are durable when put."""
@@ -242,15 +323,36 @@ class RemoteStorage:
     def remove(self, path: str) -> None:
         """See Storage."""
         try:
-            self.fs.rm_file(self._path(path))
+            self._try(path, lambda: self.fs.rm_file(self._path(path)))
         except FileNotFoundError:
             return
 
     def remove_folder(self, folder: str) -> None:
         """See Storage; most object stores have no folders to remove."""
-        if self.sizes(folder):
+        if not self._folders or self.sizes(folder):
             return
         try:
             self.fs.rmdir(self._path(folder))
         except (OSError, NotImplementedError):
             return
+
+
+def _knows_exclusive_put(fs: Any) -> bool:
+    """Whether `pipe_file(..., mode="create")` means something to `fs`, or to the filesystem that it wraps."""
+    while hasattr(fs, "fs"):
+        fs = fs.fs
+    return "mode" in inspect.signature(getattr(fs, "_pipe_file", fs.pipe_file)).parameters
+
+
+def _time(entry: dict[str, Any]) -> float | None:
+    """When the file of a listing's entry was written, in seconds since 1970, None where the listing does not say."""
+    for key in ("LastModified", "last_modified", "mtime", "updated", "created"):  # S3, Azure, files, Google, memory
+        value = entry.get(key)
+        with contextlib.suppress(ValueError):
+            if isinstance(value, str):
+                value = datetime.datetime.fromisoformat(value)
+        if isinstance(value, datetime.datetime):
+            return value.replace(tzinfo=value.tzinfo or datetime.UTC).timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+    return None

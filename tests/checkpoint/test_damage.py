@@ -62,7 +62,7 @@ def spoil_empty(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (spoil_missing, "is missing"),
+        (spoil_missing, ", which step 2 needs, is missing"),
         (spoil_cut, "bytes instead of"),
         (spoil_longer, "bytes instead of"),
         (spoil_empty, "has 0 bytes"),
@@ -71,40 +71,40 @@ def spoil_empty(file: Path) -> None:
 def test_a_wrong_size_makes_it_incomplete(spoil: Callable[[Path], None], match: str, tmp_path: Path) -> None:
     job_of(1, tmp_path)
     folder = job_of(2, tmp_path)
-    (file,) = data_files(folder)
+    file = data_files(folder)[0]
     spoil(file)
     assert steps(tmp_path) == [1]
     assert latest(tmp_path).step == 1
-    refused(tmp_path, rf"{file.name} .*{match}|{file.name} {match}", step=2)
+    refused(tmp_path, rf"{file.name} ?.*{match}", step=2)
     live = adam_job(99)
     assert load(tmp_path, model=live[0], opt=live[1], scheduler=live[2]).step == 1
 
 
 def test_every_bit_of_the_data_is_covered(tmp_path: Path) -> None:
     folder = job_of(1, tmp_path)
-    (file,) = data_files(folder)
-    good = file.read_bytes()
-    header = int.from_bytes(good[:8], "little") + 8
     generator = random.Random(1)
-    for _ in range(60):
-        at, bit = generator.randrange(header, len(good)), generator.randrange(8)
-        broken = bytearray(good)
-        broken[at] ^= 1 << bit
-        file.write_bytes(broken)
-        refused(tmp_path, rf"{file.name} is damaged: bytes \d+ to \d+, of '(model|state|rng)/")
-    file.write_bytes(good[:-4000] + bytes(4000))
-    refused(tmp_path, "is damaged")
-    file.write_bytes(good)
+    for file in data_files(folder):
+        good = file.read_bytes()
+        header = int.from_bytes(good[:8], "little") + 8
+        for _ in range(30):
+            at, bit = generator.randrange(header, len(good)), generator.randrange(8)
+            broken = bytearray(good)
+            broken[at] ^= 1 << bit
+            file.write_bytes(broken)
+            refused(tmp_path, rf"{file.name} is damaged: bytes \d+ to \d+, of '(model|state|rng)/")
+        file.write_bytes(good[: header + 100] + bytes(len(good) - header - 100))
+        refused(tmp_path, "is damaged")
+        file.write_bytes(good)
     load(tmp_path)
 
 
 def test_the_header_is_covered_by_the_digest_in_the_manifest(tmp_path: Path) -> None:
     folder = job_of(1, tmp_path)
-    (entry,) = from_bytes((folder / "manifest.json").read_bytes()).files
-    data = (folder / entry.name).read_bytes()
-    assert entry.bytes == len(data)
-    assert entry.digest == xxhash.xxh3_64_hexdigest(data[: entry.header])
-    assert entry.header == int.from_bytes(data[:8], "little") + 8
+    for entry in from_bytes((folder / "manifest.json").read_bytes()).files:
+        data = (folder / entry.name).read_bytes()
+        assert entry.bytes == len(data)
+        assert entry.digest == xxhash.xxh3_64_hexdigest(data[: entry.header])
+        assert entry.header == int.from_bytes(data[:8], "little") + 8
 
 
 @pytest.mark.parametrize(
@@ -131,18 +131,18 @@ def test_checkpoints_under_a_wrong_name_and_foreign_things_are_no_checkpoints(tm
 
 def test_files_of_another_step_do_not_pass_for_its_own(tmp_path: Path) -> None:
     one, two = job_of(1, tmp_path), job_of(2, tmp_path)
-    (a,), (b,) = data_files(one), data_files(two)
-    content = a.read_bytes(), b.read_bytes()
-    assert len(content[0]) == len(content[1])
-    a.write_bytes(content[1])
-    b.write_bytes(content[0])
+    for a, b in zip(data_files(one), data_files(two), strict=True):
+        content = a.read_bytes(), b.read_bytes()
+        assert len(content[0]) == len(content[1])
+        a.write_bytes(content[1])
+        b.write_bytes(content[0])
     refused(tmp_path, "is damaged", step=1)
     refused(tmp_path, "is damaged", step=2)
 
 
 def test_stale_files_beside_are_not_looked_at(tmp_path: Path) -> None:
     folder = job_of(1, tmp_path)
-    (file,) = data_files(folder)
+    file = data_files(folder)[0]
     shutil.copy(file, folder / "s-deadbeef-r00003-000.safetensors")
     live = adam_job(99)
     load(tmp_path, model=live[0], opt=live[1], scheduler=live[2])
@@ -219,7 +219,7 @@ def test_a_failed_save_leaves_nothing_and_the_one_before(tmp_path: Path, monkeyp
     from fastopt.checkpoint import storage
 
     job_of(1, tmp_path)
-    monkeypatch.setattr("fastopt.checkpoint.saving.PART_BYTES", 3000)
+    monkeypatch.setattr("fastopt.checkpoint.writing.PART_BYTES", 3000)
     written: list[int] = []
 
     def full(handle: int, chunk: storage.Chunk) -> None:
@@ -230,7 +230,7 @@ def test_a_failed_save_leaves_nothing_and_the_one_before(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(storage, "_write", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            save(tmp_path, step=2, model=nn.Linear(100, 100))
+            save(tmp_path, step=2, model=nn.Sequential(*(nn.Linear(30, 30) for _ in range(9))))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert latest(tmp_path).step == 1
     monkeypatch.setattr(storage.LocalStorage, "publish", full)

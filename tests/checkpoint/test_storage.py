@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +78,14 @@ def test_an_error_while_writing_leaves_no_file(storage: Storage) -> None:
     assert storage.sizes("s") == {}
 
 
+def test_files_know_when_they_were_written(storage: Storage) -> None:
+    storage.make_folder("s")
+    storage.create("s/a", [b"1"])
+    assert set(storage.modified("s")) == {"a"}
+    assert abs(storage.modified("s")["a"] - time.time()) < 60
+    assert storage.modified("none") == {}
+
+
 def test_reading_past_the_end_is_an_error(storage: Storage) -> None:
     storage.make_folder("s")
     storage.create("s/a", [b"0123"])
@@ -116,16 +126,58 @@ def test_a_filesystem_without_links_publishes_too(tmp_path: Path, monkeypatch: p
     assert storage.sizes("") == {"m": 1}
 
 
-def test_a_filesystem_without_exclusive_put_publishes_too() -> None:
-    class Plain(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
-        def pipe_file(self, path: str, value: bytes) -> None:
-            super().pipe_file(path, value)
+class Plain(fsspec.get_filesystem_class("memory")):  # type: ignore[misc]
+    """A filesystem that has not heard of exclusive puts."""
 
-    storage = RemoteStorage(Plain(), f"/{uuid.uuid4()}")
+    def pipe_file(self, path: str, value: bytes) -> None:
+        """Put."""
+        super().pipe_file(path, value)
+
+
+class Swallowing(Plain):
+    """One that takes any keyword and does nothing about it."""
+
+    def pipe_file(self, path: str, value: bytes, **kwargs: object) -> None:
+        """Put."""
+        super().pipe_file(path, value)
+
+
+class Refusing(Plain):
+    """A server of a known protocol that does not implement this part of it."""
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        """Put."""
+        if mode == "create":
+            raise OSError(errno.ENOSYS, "A header you provided implies functionality that is not implemented")
+        super().pipe_file(path, value)
+
+
+@pytest.mark.parametrize("kind", [Plain, Swallowing, Refusing])
+def test_a_filesystem_without_exclusive_put_publishes_too(kind: type[Plain]) -> None:
+    storage = RemoteStorage(kind(), f"/{uuid.uuid4()}")
     storage.publish("m", b"1")
     with pytest.raises(FileExistsError):
         storage.publish("m", b"2")
     assert storage.read_all("m") == b"1"
+
+
+def test_the_entry_of_every_new_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("fastopt.checkpoint.storage._sync", synced.append)
+    LocalStorage(str(tmp_path / "a/b")).make_folder("step")
+    assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a/b"}
+    synced.clear()
+    LocalStorage(str(tmp_path / "a/b")).make_folder("step")
+    assert synced == []
+
+
+def test_what_the_disk_cannot_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    with pytest.raises(CheckpointError, match="a is damaged: the disk cannot read it"):
+        LocalStorage(str(tmp_path)).read_all("a")
 
 
 def test_bad_urls_are_named(tmp_path: Path) -> None:

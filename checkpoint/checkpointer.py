@@ -1,0 +1,206 @@
+"""A job's checkpoints in one place: saved in the background, kept or removed by rule, and found again.
+
+See [Note: saving in the background].
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import catalog
+from .catalog import Entry
+from .datafile import Item
+from .errors import CheckpointError
+from .loading import Checkpoint, load
+from .peers import Peers
+from .retention import carry_out, plan_prune
+from .saving import Parts, Save
+from .staging import Staging
+from .values import Json
+
+# [Note: saving in the background]
+# `save` looks at everything, agrees with the other ranks on who writes what, and copies this rank's share to a staging
+# buffer: only for that is the training loop held. A thread then writes, with a process group of its own, so that its
+# collectives never meet those of the training. It spends its time in system calls, copies and checksums, which all
+# release Python's lock. One save is in flight at a time; the buffer is free again when it is done.
+# The outcome of a save is the same on all ranks, and is raised by the next call on each. The thread is no daemon: the
+# interpreter waits for it before it ends.
+
+_log = logging.getLogger("fastopt.checkpoint")
+
+
+class Checkpointer:
+    """Saves and loads the checkpoints of one job under the root `url` (a path or any fsspec URL).
+
+        with Checkpointer("s3://bucket/run1", keep_last=3, keep_every=10_000) as checkpoints:
+            checkpoints.load(model=model, opt=opt)
+            for step in ...:
+                ...
+                if step % 1000 == 0:
+                    checkpoints.save(step, model=model, opt=opt)
+
+    keep_last: complete checkpoints to keep (None keeps all). keep_every: those that are the first from a multiple of so
+    many steps on stay for good. What another checkpoint takes files from stays as well.
+    asynchronous: `save` returns when this rank's share has been copied; False waits until it is on disk.
+    staging: most bytes of such copies on this rank (None: as many as needed). What does not fit is written before
+    `save` returns.
+    reuse: see `fastopt.checkpoint.save`.
+    group: the ranks that save together, all of which must make the same calls (default: the default group).
+
+    Making one is collective where `asynchronous`. Call `close` (or leave the `with` block) before the process group is
+    destroyed.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        asynchronous: bool = True,
+        staging: int | None = None,
+        reuse: bool = True,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if keep_last is not None and keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
+        if keep_every is not None and (keep_every < 1 or keep_last is None):
+            raise ValueError(f"keep_every is a positive number beside a keep_last, got {keep_every}")
+        if staging is not None and staging < 0:
+            raise ValueError(f"staging is a number of bytes, got {staging}")
+        self.url = url
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.asynchronous, self.reuse = asynchronous, reuse
+        self.group = group
+        self._peers = Peers(group)
+        self._background = self._peers.apart() if asynchronous else self._peers
+        self._staging = Staging(staging)
+        self._thread: threading.Thread | None = None
+        self._error: CheckpointError | None = None
+        self._closed = False
+
+    # ---- saving
+
+    def save(
+        self,
+        step: int,
+        *,
+        model: nn.Module | None = None,
+        opt: torch.optim.Optimizer | None = None,
+        scheduler: Any = None,
+        scaler: Any = None,
+        loader: Any = None,
+        extra: Json = None,
+    ) -> None:
+        """Save a checkpoint of `step`; the arguments are those of `fastopt.checkpoint.save`. Collective.
+
+        Waits for a save that is still being written. Asynchronously, later changes of the tensors do not get into the
+        checkpoint, which exists when it has been written: see `wait`.
+
+        Raises CheckpointError on every rank: of this save, or of the one before, which failed after its `save` had
+        returned; this one has then not begun.
+        """
+        if self._closed:
+            raise CheckpointError("this Checkpointer is closed")
+        self.wait()
+        work = Save(self._peers, self.url, step, Parts(model, opt, scheduler, scaler, loader, extra))
+        work.prepare()
+        if not self.asynchronous:
+            self._finish(work, work.items())
+            self.wait()
+            return
+        staged = self._stage(work)
+        self._thread = threading.Thread(target=self._finish, args=(work, staged), name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def _stage(self, work: Save) -> list[Item]:
+        """Copy this rank's share. A failure goes with the work, to be told to all ranks when they meet next."""
+        try:
+            fits, others = self._staging.fitting(work.items())
+            if others:
+                work.write_now(others)
+            return self._staging.copy(fits)
+        except Exception as error:
+            work.failed = error
+            return []
+
+    def _finish(self, work: Save, items: Sequence[Item]) -> None:
+        """Write, commit and remove what is no longer needed. Keeps the error for the next call."""
+        try:
+            work.finish(items, self.reuse, self._background)
+            if self.keep_last is not None:
+                self._background.on_first("removing old checkpoints", lambda: self._prune(work))
+        except Exception as error:
+            text = f"{type(error).__name__} while saving: {error}"
+            self._error = error if isinstance(error, CheckpointError) else CheckpointError(text)
+            if self.asynchronous:
+                _log.error("saving step %s to %s failed: %s", work.step, self.url, self._error)
+
+    def _prune(self, work: Save) -> None:
+        assert self.keep_last is not None
+        carry_out(work.storage, plan_prune(work.storage, self.keep_last, self.keep_every))
+
+    def wait(self) -> None:
+        """Wait until the save in flight is on disk. Raises CheckpointError where it failed, once. Not collective."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # ---- finding and loading
+
+    def latest(self) -> Entry | None:
+        """The newest complete checkpoint, or None. Waits for a save in flight. Not collective."""
+        self.wait()
+        return catalog.latest(self.url)
+
+    def load(self, **into: Any) -> Checkpoint | None:
+        """Load the newest checkpoint, or the one of `step=`, into the objects given; None where there is none at all.
+
+        The arguments are those of `fastopt.checkpoint.load`. Waits for a save in flight. Collective.
+        """
+        self.wait()
+        if into.get("step") is None:
+            found = self._peers.on_first("looking for checkpoints", lambda: catalog.latest(self.url))
+            if found is None:
+                return None
+        return load(self.url, group=self.group, **into)
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Wait for the save in flight and give the staging memory back. Raises CheckpointError where it failed."""
+        self._closed = True
+        try:
+            self.wait()
+        finally:
+            self._staging.free()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close. An exception that is on its way already is not replaced; that of the save has been logged."""
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:
+                raise

@@ -1,0 +1,142 @@
+"""Reading every byte of a checkpoint and comparing it with what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from .catalog import find, look, verified_mark
+from .dtypes import DTYPES
+from .errors import CheckpointError, StorageError
+from .manifest import from_bytes
+from .records import INDEX, MANIFEST, DataFile, Manifest, step_folder
+from .saving import hugging_face_index
+from .storage import Storage, open_storage
+
+Progress = Callable[[int, int], Any]
+"""Is called with the bytes done so far and in all."""
+
+_AT_ONCE = 8
+_READ_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was found: step, URL of its folder, files and bytes that were read, and what is wrong, a sentence each."""
+
+    step: int
+    url: str
+    files: int
+    nbytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+
+def verify(
+    url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None, mark: bool = True
+) -> Verified:
+    """Read all of the checkpoint of `step` (default: the newest complete one) under `url` and check every byte.
+
+    mark: leave a note beside a sound one, so that `prune` never removes the newest of these; where the storage cannot
+    be written to there is none. A checkpoint that is not complete is a problem and no error. Not collective.
+    Raises CheckpointError where there is none, StorageError where the storage is out of reach.
+    """
+    storage = open_storage(url)
+    if step is None:
+        step = from_bytes(find(storage, None)[1]).step
+    found = look(storage, step)
+    if MANIFEST not in found.sizes:
+        found.raise_problem()
+    if found.problem is not None or found.manifest is None:
+        return Verified(step, found.url, 0, 0, (str(found.problem),))
+    manifest = found.manifest
+    problems = _Reader(storage, manifest, progress).problems()
+    problems += _index(storage, manifest, found.sizes)
+    if mark and not problems and not found.verified:
+        with contextlib.suppress(OSError, StorageError):  # the answer is worth more than the note
+            storage.publish(f"{step_folder(step)}/{verified_mark(found.data)}", b"{}")
+    return Verified(step, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
+
+
+class _Reader:
+    """Reads the files of a checkpoint, some stretches at once, and collects what is wrong."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, progress: Progress | None) -> None:
+        self.storage, self.manifest, self.progress = storage, manifest, progress
+        self.done = 0
+
+    def problems(self) -> list[str]:
+        """Everything that does not have the checksum it was saved with."""
+        found: list[str] = []
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for part, bad in pool.map(self._check, self._stretches()):
+                found += bad
+                self.done += part
+                if self.progress:
+                    self.progress(self.done, self.manifest.nbytes)
+        return found
+
+    def _stretches(self) -> Iterator[tuple[DataFile, int, int, int]]:
+        """Number of a file, and bytes of it: its header, or whole blocks."""
+        step = max(_READ_BYTES, self.manifest.block)
+        for number, file in enumerate(self.manifest.files):
+            yield file, number, 0, file.header
+            for start in range(file.header, file.bytes, step):
+                yield file, number, start, min(file.bytes, start + step)
+
+    def _check(self, stretch: tuple[DataFile, int, int, int]) -> tuple[int, list[str]]:
+        file, number, start, stop = stretch
+        data = memoryview(bytearray(stop - start))
+        try:
+            self.storage.read_into(file.path, start, [data])
+        except StorageError:
+            raise
+        except (CheckpointError, FileNotFoundError) as error:  # it was there a moment ago
+            return stop - start, [str(error)]
+        if not start:
+            good = xxhash.xxh3_64_hexdigest(data) == file.digest
+            return stop - start, [] if good else [f"{self._name(file)}: the header, bytes 0 to {stop}, is damaged"]
+        block, bad = self.manifest.block, []
+        for at in range(0, stop - start, block):
+            first = start + at
+            place = 16 * ((first - file.header) // block)
+            if xxhash.xxh3_64_hexdigest(data[at : at + block]) != file.blocks[place : place + 16]:
+                last = min(first + block, stop)
+                of = " and ".join(repr(key) for key in self._keys(number, first, last)) or "no tensor"
+                bad.append(f"{self._name(file)}: bytes {first} to {last}, of {of}, are damaged")
+        return stop - start, bad
+
+    def _name(self, file: DataFile) -> str:
+        return f"{self.storage.url}/{file.path}"
+
+    def _keys(self, number: int, first: int, last: int) -> list[str]:
+        """The tensors that have elements in bytes `first` to `last` of a file."""
+        found = []
+        for key, tensor in self.manifest.tensors.items():
+            shards = tensor.shards
+            stop = shards.at + shards.sizes * DTYPES[tensor.dtype].itemsize
+            if ((shards.file == number) & (shards.at < last) & (stop > first)).any():
+                found.append(key)
+        return found if len(found) <= 3 else [*found[:2], f"{len(found) - 2} more"]
+
+
+def _index(storage: Storage, manifest: Manifest, sizes: dict[str, int | None]) -> list[str]:
+    """What is wrong with the file by which Hugging Face's libraries find the weights: nothing of ours needs it."""
+    wanted = hugging_face_index(manifest)
+    path = f"{step_folder(manifest.step)}/{INDEX}"
+    if wanted is None:
+        return []
+    if INDEX not in sizes:
+        return [f"{storage.url}/{path} is missing; only programs of others need it"]
+    same = storage.read_all(path) == wanted
+    return [] if same else [f"{storage.url}/{path} is damaged; only programs of others need it"]
