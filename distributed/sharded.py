@@ -391,6 +391,10 @@ class ShardedOptimizer(AroundOptimizer):
         self._drop_foreign_state()
         self._consolidated = None
 
+    def _watch_groups(self) -> None:
+        """Leave that to the optimizer within, whose groups these are."""
+        self.opt._watch_groups()
+
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
             "a sharded optimizer is tied to its process group and cannot be copied or pickled: "

@@ -116,7 +116,9 @@ def run_parts(opt: Optimizer, work: Sequence[GroupWork], engines: dict[Sharers |
             return
         for sharers, some in _by_sharers(work, parts).items():
             first = opt.runner if all(engine is not opt.runner for engine in engines.values()) else None
-            engine = engines.get(sharers) or engines.setdefault(sharers, first or Engine(opt.runner.name, opt.master_weights))
+            if sharers not in engines:
+                engines[sharers] = first or Engine(opt.runner.name, opt.master_weights)
+            engine = engines[sharers]
             opt.run_tensors(some, _sum_over(sharers), recorded=recorded, engine=engine)
     finally:
         for w, whole in zip(parts, work, strict=True):
