@@ -10,7 +10,7 @@ VARIABLE = "FASTOPT_ENGINE"
 
 #: `eager` calls the cbs as they are; the others run what was recorded: `foreach` on any device, `numba` on the CPU,
 #: `triton` on CUDA. Where one of those two cannot, `foreach` runs. By default: `triton` on CUDA, elsewhere `foreach`.
-EXECUTORS = ("eager", "foreach", "numba", "triton")
+EXECUTORS = ("eager", "foreach", "llvm", "triton")
 
 
 class Choice(NamedTuple):
