@@ -15,6 +15,9 @@ from typing import Any
 Compiled = Callable[[int, int, int], None]
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
 
+#: The oldest LLVM whose language is that of the generated code; llvmlite 0.45 has it.
+_OLDEST = (20,)
+
 #: What x86 processors have had since 2013. Without these the results were right but slower than torch's.
 _NEEDED = ("avx2", "fma", "f16c")
 _lock = Lock()
@@ -22,12 +25,15 @@ _lock = Lock()
 
 @lru_cache(maxsize=1)
 def llvm_is_there() -> bool:
-    """Whether llvmlite is installed and compiles for this processor. Imports it only if it is."""
+    """Whether there is an llvmlite that compiles for this processor. Imports it only if it is installed."""
     if importlib.util.find_spec("llvmlite") is None:
+        return False
+    llvm: Any = import_module("llvmlite.binding")
+    if llvm.llvm_version_info < _OLDEST:
         return False
     if platform.machine().lower() in ("arm64", "aarch64"):
         return True
-    features = import_module("llvmlite.binding").get_host_cpu_features()
+    features = llvm.get_host_cpu_features()
     return all(features.get(name) for name in _NEEDED)
 
 

@@ -94,7 +94,9 @@ class Lanes:
             return x
         if new == "i1":
             return self.compare("une", x, self.constant(0.0, old), old)
-        how = "uitofp" if old == "i1" else "fpext" if new == "double" else "fptrunc"
+        if {old, new} == {"half", "double"}:  # in two steps, as processors do it
+            return self.convert(self.convert(x, old, "float"), "float", new)
+        how = "uitofp" if old == "i1" else "fpext" if old == "half" or new == "double" else "fptrunc"
         return self.let(f"{how} {self.type(old)} {x} to {self.type(new)}")
 
     def binary(self, name: str, x: str, y: str, scalar: str) -> str:
@@ -211,18 +213,18 @@ class Formulas:
             x = self.operand(node.args[0], result)
             return self.lanes.rounded(x, node.dtype) if op == "convert" else x
         if op == "where":
-            condition = self.operand(node.args[0], "i1")
-            return self.lanes.select(condition, *(self.operand(x, result) for x in node.args[1:]), result)
+            x, y = (self.operand(a, result) for a in node.args[1:])
+            return self.lanes.select(self.operand(node.args[0], "i1"), x, y, result)
         kind, _, word = op.partition("_")
         if kind in ("logical", "bitwise"):
-            args = [self.operand(x, "i1") for x in node.args]
+            bits = [self.operand(x, "i1") for x in node.args]
             if word == "not":
-                return self.lanes.binary("xor", args[0], self.lanes.constant(1, "i1"), "i1")
-            return self.lanes.binary(word, *args, "i1")
+                return self.lanes.binary("xor", bits[0], self.lanes.constant(1, "i1"), "i1")
+            return self.lanes.binary(word, bits[0], bits[1], "i1")
         scalar = result if result != "i1" else compared_in(self.nodes, node)
         args = ["" if x is None else self.operand(x, scalar) for x in node.args]
         if op in _COMPARISONS:
-            return self.lanes.compare(_COMPARISONS[op], *args, scalar)
+            return self.lanes.compare(_COMPARISONS[op], args[0], args[1], scalar)
         return str(getattr(self, f"_{op}")(node, scalar, *args))
 
     def _number(self, x: float, scalar: str) -> str:
@@ -330,7 +332,7 @@ class Formulas:
 
 
 def compared_in(nodes: tuple[Node, ...], node: Node) -> str:
-    """The type in which a comparison is made: tensors decide, one number per parameter only where there is no tensor."""
+    """The type in which a comparison is made: that of the tensors, of scalars per parameter if there is no tensor."""
     values = [nodes[i] for i in node.values()]
     deciding = [x for x in values if x.whole] or values
     return "double" if any(x.dtype == torch.float64 for x in deciding) else "float"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,12 +16,16 @@ from .llvm_compile import Code
 from .llvm_lanes import supported
 from .llvm_source import CHUNK, TABLES, Layout, source_of
 from .plan import Cohort
-from .program import Phase, Program
+from .program import Program
 from .work import Reduce
 from .workers import share_out
 
-#: Chunks per piece of work that a thread takes at a time, unless there is too little to do for all threads.
-_PIECE = 32
+#: Chunks per piece of work that a thread takes at a time.
+_PIECE = 16
+#: Chunks of the largest tensor of which a thread makes all passes before the next one: two million elements.
+_SMALL = 256
+
+_Range = tuple[int, int]
 
 
 @lru_cache(maxsize=256)
@@ -32,7 +36,13 @@ def can_run(program: Program) -> bool:
 
 def run_llvm(cohorts: Sequence[Cohort], reduce: Reduce | None = None) -> None:
     """Step all parameters of the cohorts in place. The arguments are those of `run_blocks`."""
-    run_all([LoopRun(cohort) for cohort in cohorts], reduce)
+    if reduce is not None:
+        run_all([LoopRun(cohort) for cohort in cohorts], reduce)
+        return
+    for cohort in cohorts:
+        LoopRun(cohort).run()
+    for cohort in cohorts:
+        cohort.store()
 
 
 class Loops:
@@ -40,10 +50,7 @@ class Loops:
 
     def __init__(self, program: Program) -> None:
         self.layout = Layout(program)
-        phases = list(enumerate(program.phases))
-        scalars = [f"scalars_{k}" for k, phase in phases if phase.scalars or phase.scalar_stores]
-        sweeps = [f"sweep_{k}" for k, phase in phases if self.layout.sweeps(phase)]
-        self.code = Code(source_of(self.layout), [*scalars, *sweeps])  # must outlive its functions
+        self.code = Code(*source_of(self.layout))  # must outlive its functions
         self.functions = self.code.functions
 
 
@@ -60,12 +67,33 @@ class _Cut:
         n = len(cohort.params)
         self.sizes = np.fromiter((p.numel() for p in cohort.params), np.int64, n)
         chunks = -(-self.sizes // CHUNK)
-        self.first = np.cumsum(chunks) - chunks
+        self.chunks = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int64)
         self.tensors = np.repeat(np.arange(n, dtype=np.int64), chunks)
-        self.starts = (np.arange(len(self.tensors), dtype=np.int64) - self.first[self.tensors]) * CHUNK
+        self.starts = (np.arange(len(self.tensors), dtype=np.int64) - self.chunks[self.tensors]) * CHUNK
         self.rows = np.array(cohort.row_index, np.int64)
-        self.full = np.flatnonzero(chunks)
         self.gaps = [i for i in range(n) if not cohort.is_flat(i)]
+        self._ranges: dict[int, tuple[list[_Range], list[_Range]]] = {}
+
+    def threads(self) -> int:
+        """How many threads to use: as many as torch does, but one where the others would come too late to help."""
+        return torch.get_num_threads() if len(self.tensors) > _PIECE // 4 else 1
+
+    def ranges(self, threads: int) -> tuple[list[_Range], list[_Range]]:
+        """Ranges of tensors that a thread steps one by one, and of tensors that are too large for that."""
+        if threads not in self._ranges:
+            limit = min(_SMALL, max(1, len(self.tensors) // (4 * threads)))
+            chunks = np.diff(self.chunks).tolist()
+            found: list[list[list[int]]] = [[], []]
+            for t, n in enumerate(chunks):
+                ranges = found[n > limit]
+                if not ranges or ranges[-1][1] != t or (n <= limit and ranges[-1][2] + n > limit):
+                    ranges.append([t, t, 0])
+                ranges[-1][1] = t + 1
+                ranges[-1][2] += n
+            found[0].sort(key=lambda x: -x[2])  # the last pieces of work are small ones
+            small, large = ([(first, last) for first, last, _ in ranges] for ranges in found)
+            self._ranges[threads] = small, large
+        return self._ranges[threads]
 
 
 class LoopRun:
@@ -79,13 +107,16 @@ class LoopRun:
         self.cut: _Cut = cohort.kept
         self.loops = loops_of(self.program)
         layout, n = self.loops.layout, len(cohort.params)
-        self.copies = {place: self._copies(place) for place in layout.places if self.cut.gaps and cohort.is_whole(place)}
-        slots = np.array([tuple(row) for row in cohort.rows], np.float64).reshape(len(cohort.rows), -1)
+        self.copies = {
+            place: self._copies(place) for place in layout.places if self.cut.gaps and cohort.is_whole(place)
+        }
+        slots = np.ascontiguousarray(cohort.scalars())
         partials = max(len(layout.counted(phase)) for phase in self.phases)
         self.arrays: dict[str, NDArray[Any]] = {
-            "addresses": np.array([self._addresses(place) for place in layout.places], np.int64),
+            "addresses": self._addresses(layout.places),
             "sizes": self.cut.sizes,
             "rows": self.cut.rows,
+            "chunks": self.cut.chunks,
             "tensors": self.cut.tensors,
             "starts": self.cut.starts,
             "slots": slots,
@@ -93,58 +124,67 @@ class LoopRun:
             "partials": np.empty((partials, len(self.cut.tensors))),
         }
         words = [self.arrays[name].ctypes.data for name in TABLES if name in self.arrays]
-        self.tables = np.array([*words, n, len(self.cut.tensors)], np.int64)
+        self.tables = np.array([*words, n, slots.shape[1], len(self.cut.tensors)], np.int64)
 
-    def _addresses(self, place: str) -> list[int]:
-        known = self.cohort.addresses.get(place)
-        found = known or list(map(Tensor.data_ptr, self.cohort.tensors(place)))
-        if place in self.copies:
-            found = list(found)
-            for i, copy in self.copies[place].items():
-                found[i] = copy.data_ptr()
-        return found
+    def _addresses(self, places: Sequence[str]) -> NDArray[np.int64]:
+        """Where the tensors lie `[n_places, n_params]`."""
+        table = np.empty((len(places), len(self.cohort.params)), np.int64)
+        for row, place in zip(table, places, strict=True):
+            row[:] = self.cohort.addresses(place)
+            for i, copy in self.copies.get(place, {}).items():
+                row[i] = copy.data_ptr()
+        return table
 
     def _copies(self, place: str) -> dict[int, Tensor]:
         """Tensors without gaps in place of those of parameters whose tensors are not laid out alike."""
         return {i: self.cohort.tensor(i, place).clone(memory_format=torch.contiguous_format) for i in self.cut.gaps}
 
+    def run(self) -> None:
+        """Make all passes: over small tensors one tensor at a time, while it is in the cache, else pass by pass."""
+        if len(self.phases) == 1:
+            self._pass(0, 0, len(self.cohort.params))
+        else:
+            threads = self.cut.threads()
+            small, large = self.cut.ranges(threads)
+            whole, at = self.loops.functions["whole"], self.tables.ctypes.data
+            share_out(lambda i: whole(*small[i], at), len(small), threads)
+            for first, last in large:
+                for k in range(len(self.phases)):
+                    self._pass(k, first, last)
+        self._copy_back()
+
     def pass_over(self, k: int) -> Tensor | None:
         """Make pass `k` over all parameters. Returns the partial reductions `[n_reductions * n_params]`, if any."""
         if k >= len(self.phases):
             return None
-        functions, at = self.loops.functions, self.tables.ctypes.data
-        if f"scalars_{k}" in functions:
-            functions[f"scalars_{k}"](0, len(self.cohort.params), at)
-        n, sweep = len(self.cut.tensors), functions.get(f"sweep_{k}")
-        if sweep is not None and n:
-            threads = torch.get_num_threads()
-            pieces = -(-n // _PIECE)
-            share_out(lambda i: sweep(i * n // pieces, (i + 1) * n // pieces, at), pieces, threads)
+        self._pass(k, 0, len(self.cohort.params))
         if k == len(self.phases) - 1:
             self._copy_back()
-        return self._sums(self.phases[k])
+        rows = self._reductions(k)
+        return torch.from_numpy(self.arrays["values"][rows].reshape(-1)) if rows else None
+
+    def take_totals(self, k: int, totals: Tensor) -> None:
+        """Take the totals of the reductions of pass `k`, in the order in which `pass_over` gave the partial ones."""
+        rows = self._reductions(k)
+        self.arrays["values"][rows] = totals.numpy().reshape(len(rows), -1)
+
+    def _reductions(self, k: int) -> list[int]:
+        """The rows of the table of scalars per parameter that pass `k` fills."""
+        return [self.loops.layout.values[i] for i in self.phases[k].reductions]
+
+    def _pass(self, k: int, first: int, last: int) -> None:
+        """Pass `k` over the parameters from `first` to `last`, with the scalars before it and the totals after it."""
+        functions, at = self.loops.functions, self.tables.ctypes.data
+        if f"scalars_{k}" in functions:
+            functions[f"scalars_{k}"](first, last, at)
+        if f"sweep_{k}" in functions:
+            sweep, start, end = functions[f"sweep_{k}"], *map(int, self.cut.chunks[[first, last]])
+            starts = range(start, end, _PIECE)
+            share_out(lambda i: sweep(starts[i], min(starts[i] + _PIECE, end), at), len(starts), self.cut.threads())
+        if f"totals_{k}" in functions:
+            functions[f"totals_{k}"](first, last, at)
 
     def _copy_back(self) -> None:
         for out in self.program.outputs:
             for i, copy in self.copies.get(out.place, {}).items():
                 self.cohort.tensor(i, out.place).copy_(copy)
-
-    def _sums(self, phase: Phase) -> Tensor | None:
-        """The partial results of all chunks of each parameter together."""
-        if not phase.reductions:
-            return None
-        sums = np.zeros((len(phase.reductions), len(self.cohort.params)))
-        counted = self.loops.layout.counted(phase)
-        for row, i in zip(sums, phase.reductions, strict=True):
-            op = self.program.nodes[i].op
-            if op == "count":
-                row[:] = self.cut.sizes
-            elif len(self.cut.full):
-                add = {"amax": np.maximum, "amin": np.minimum}.get(op, np.add)
-                row[self.cut.full] = add.reduceat(self.arrays["partials"][counted.index(i)], self.cut.first[self.cut.full])
-        return torch.from_numpy(sums.reshape(-1))
-
-    def take_totals(self, k: int, totals: Tensor) -> None:
-        """Take the totals of the reductions of pass `k`, in the order in which `pass_over` gave the partial ones."""
-        rows = [self.loops.layout.values[i] for i in self.phases[k].reductions]
-        self.arrays["values"][rows] = totals.numpy().reshape(len(rows), -1)

@@ -13,7 +13,7 @@ from ..state import ParamState
 from ..watched import watch_of
 from .blocks import run_blocks
 from .chain import Chain
-from .choice import Choice, requested
+from .choice import DEFAULT, NOT_COMPILED, WITHOUT_LLVM, Choice, requested
 from .describe import Needs, attribute, chain_needs, larger, undeclared
 from .eager import run_eager
 from .llvm_compile import llvm_is_there
@@ -296,6 +296,8 @@ def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
 def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:
     if refusal is not None:
         return Choice(index, "eager", refusal)
+    if used.get(index) == "foreach" and reason == DEFAULT:
+        return Choice(index, "foreach", NOT_COMPILED if llvm_is_there() else WITHOUT_LLVM)
     return Choice(index, used.get(index, "eager"), reason if index in used else "it has no parameters")
 
 
