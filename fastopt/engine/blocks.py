@@ -8,10 +8,10 @@ powers, sigmoid and softplus, where torch's own results depend on how it cuts a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,15 +36,31 @@ def run_blocks(cohorts: Sequence[Cohort], reduce: Reduce | None = None) -> None:
     run_all([CohortRun(cohort) for cohort in cohorts], reduce)
 
 
-def run_all(runs: Sequence[CohortRun], reduce: Reduce | None) -> None:
+class Run(Protocol):
+    """One step of a cohort, pass by pass. Reductions of a pass are vectors in float64."""
+
+    cohort: Cohort
+    phases: tuple[Phase, ...]
+
+    def pass_over(self, k: int) -> Tensor | None:
+        """Make pass `k`, if there is one. Returns the partial reductions of this process, if there are any."""
+
+    def take_totals(self, k: int, totals: Tensor) -> None:
+        """Take the totals of the reductions of pass `k`, in the same order."""
+
+
+def run_all(runs: Sequence[Run], reduce: Reduce | None) -> None:
     """Make the passes of all runs together, so that `reduce` is called once for each."""
     for k in range(max((len(run.phases) for run in runs), default=0)):
-        partials = [x for run in runs for x in run.pass_over(k)]
-        if partials:
-            totals = torch.stack(partials)
-            todo = iter((totals if reduce is None else reduce(totals)).unbind())
-            for run in runs:
-                run.take_totals(k, todo)
+        found = [(run, partial) for run in runs if (partial := run.pass_over(k)) is not None]
+        if found and reduce is None:
+            for run, partial in found:
+                run.take_totals(k, partial)
+        elif found and reduce is not None:
+            totals = reduce(torch.cat([partial for _, partial in found]))
+            parts = torch.split(totals, [partial.numel() for _, partial in found])
+            for (run, _), total in zip(found, parts, strict=True):
+                run.take_totals(k, total)
     for run in runs:
         run.cohort.store()
 
@@ -60,11 +76,12 @@ class CohortRun:
         self.scalars: list[list[Any]] = [[None] * n for _ in cohort.params]
         cohort.make_fresh()
 
-    def pass_over(self, k: int) -> list[Tensor]:
+    def pass_over(self, k: int) -> Tensor | None:
         """Make pass `k` over all parameters. Returns the partial reductions, parameter by parameter."""
         if k >= len(self.phases):
-            return []
-        return [x for i in range(len(self.cohort.params)) for x in self._pass(k, i)]
+            return None
+        partials = [x for i in range(len(self.cohort.params)) for x in self._pass(k, i)]
+        return torch.stack(partials) if partials else None
 
     def _pass(self, k: int, i: int) -> list[Tensor]:
         phase, code, cohort = self.phases[k], compiled(self.program)[k], self.cohort
@@ -100,12 +117,12 @@ class CohortRun:
         ]
         return run_node(node.op, operands, node.dtype, self.cohort.params[i])
 
-    def take_totals(self, k: int, totals: Iterator[Tensor]) -> None:
-        """Take the next totals as the values of the reductions of pass `k`."""
-        if k < len(self.phases):
-            for scalars in self.scalars:
-                for n in self.phases[k].reductions:
-                    scalars[n] = next(totals).to(self.program.nodes[n].dtype)
+    def take_totals(self, k: int, totals: Tensor) -> None:
+        """Take totals, in the order of `pass_over`, as the values of the reductions of pass `k`."""
+        each = iter(totals.unbind())
+        for scalars in self.scalars:
+            for n in self.phases[k].reductions:
+                scalars[n] = next(each).to(self.program.nodes[n].dtype)
 
 
 def _combine(op: str, partials: list[Tensor]) -> Tensor:

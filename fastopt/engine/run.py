@@ -13,11 +13,12 @@ from ..state import ParamState
 from ..watched import watch_of
 from .blocks import run_blocks
 from .chain import Chain
-from .choice import Choice, requested
+from .choice import DEFAULT, NOT_COMPILED, WITHOUT_LLVM, Choice, requested
 from .describe import Needs, attribute, chain_needs, larger, undeclared
 from .eager import run_eager
+from .llvm_compile import llvm_is_there
+from .llvm_run import can_run, run_llvm
 from .master import add_masters
-from .numba_run import can_run, numba_is_there, run_numba
 from .plan import Cohort, make_cohorts
 from .program import Program
 from .steady import Steady, Whole
@@ -28,7 +29,7 @@ from .work import GroupWork, Reduce
 NOT_ADDITIVE = "a reduction that cannot be added up over processes"
 
 #: Why a chain that can be recorded runs `eager`.
-AS_IT_IS = "on the CPU a chain with norms is faster as it is"
+AS_IT_IS = "on the CPU a chain with norms is faster as it is than in blocks"
 
 
 class Engine:
@@ -207,7 +208,7 @@ class Engine:
                 self._triton.setdefault(device, TritonRuns()).run(part, reduce, launch)
             else:
                 _only_kernels_replay(launch)
-                (run_numba if executor == "numba" else run_blocks)(part, reduce)
+                (run_llvm if executor == "llvm" else run_blocks)(part, reduce)
             used.append((executor, part))
         return used
 
@@ -284,16 +285,19 @@ def _only_kernels_replay(possible: bool) -> None:
 
 
 def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
-    """Whether a recorded chain is slower than its cbs: on the CPU, where every norm is a few operations on one number.
+    """Whether a recorded chain is slower than its cbs: on the CPU in blocks, with a few operations per norm.
 
     Depends on the chain and the devices alone, so that all processes of a sharded step decide alike.
     """
-    return any(map(_reduces, cohorts)) and all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
+    on_cpu = all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
+    return any(map(_reduces, cohorts)) and on_cpu and executor_of(cohorts, None) == "foreach"
 
 
 def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:
     if refusal is not None:
         return Choice(index, "eager", refusal)
+    if used.get(index) == "foreach" and reason == DEFAULT:
+        return Choice(index, "foreach", NOT_COMPILED if llvm_is_there() else WITHOUT_LLVM)
     return Choice(index, used.get(index, "eager"), reason if index in used else "it has no parameters")
 
 
@@ -305,8 +309,8 @@ def executor_of(cohorts: Sequence[Cohort], name: str | None) -> str:
     device = cohorts[0].params[0].device.type
     if name in (None, "triton") and triton_is_there() and (device == "cuda" or (name and interpreted())):
         return "triton"
-    if name == "numba" and device == "cpu" and numba_is_there():
-        return "numba" if all(map(can_run, cohorts)) else "foreach"
+    if name in (None, "llvm") and device == "cpu" and llvm_is_there():
+        return "llvm" if all(can_run(cohort.program) for cohort in cohorts) else "foreach"
     return "foreach"
 
 

@@ -17,9 +17,9 @@ COUNT = 0
 
 
 @pytest.fixture(autouse=True)
-def without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_llvm(monkeypatch: pytest.MonkeyPatch) -> None:
     """The best executor for the CPU is then `foreach`."""
-    monkeypatch.setattr("fastopt.engine.run.numba_is_there", lambda: False)
+    monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
 
 
 def stepped(cb: Any, engine: str | None = None, steps: int = 3, **hypers: Any) -> tuple[Optimizer, torch.Tensor]:
@@ -212,7 +212,7 @@ def test_nothing_is_imported_for_it() -> None:
     import subprocess
     import sys
 
-    heavy = ["triton", "numba", "torch._dynamo", "torch._inductor"]
+    heavy = ["triton", "llvmlite", "torch._dynamo", "torch._inductor"]
     code = f"import fastopt, sys; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

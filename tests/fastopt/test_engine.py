@@ -18,6 +18,7 @@ from fastopt import (
     Lamb,
     Larc,
     Optimizer,
+    RAdam,
     Ranger,
     adam_step,
     average_grad,
@@ -222,13 +223,26 @@ class TestNeeds:
 
 
 class TestChoice:
-    def test_says_which_runs_and_why(self) -> None:
+    def test_says_which_runs_and_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = tensors((2,), (3,))
-        opt = SGD([[a], [b]])
+        monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
+        opt = SGD([[a], [b]], mom=0.9, wd=0.1)
         assert [(c.group, c.executor) for c in opt.engine] == [(0, "foreach"), (1, "foreach")]
+        assert "fastopt[cpu]" in opt.engine[0].reason
         assert SGD([a], engine="eager").engine[0] == (0, "eager", "chosen by engine=")
         assert Lamb([a]).engine[0].executor == "eager"
         assert Lamb([a], engine="foreach").engine[0].executor == "foreach"
+
+    def test_on_cpus_chains_are_compiled_where_that_is_possible(self) -> None:
+        pytest.importorskip("llvmlite")
+        a, b = tensors((2,), (3,))
+        assert {c.executor for c in Lamb([[a], [b]]).engine} == {"llvm"}
+        softplus = RAdam([a], beta=50.0, sqr_mom=0.9)
+        for _ in range(9):
+            a.grad = torch.ones(2)
+            softplus.step()
+        assert softplus.engine[0].executor == "foreach"
+        assert "not compiled" in softplus.engine[0].reason
 
     def test_an_unknown_one_is_refused_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"'warp'.*choose from.*eager"):
