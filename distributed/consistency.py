@@ -98,11 +98,15 @@ def digest(facts: Any) -> bytes:
 def compare(reports: Sequence[Report]) -> NoReturn:
     """Raise `RanksDiffer` with the differences between the ranks' reports.
 
-    If a rank reports a problem, it is that which has to be mended: the rest is left out.
+    If a rank reports a problem, it is that which has to be mended: the rest is left out. A problem that all ranks have
+    alike is no difference: a RuntimeError.
     """
     subjects = list(dict.fromkeys(subject for report in reports for subject in report))
     if "problem" in subjects:
         subjects = ["problem"]
+        problems = {report.get("problem") for report in reports}
+        if len(problems) == 1:
+            raise RuntimeError(*problems)
     lines = []
     for subject in subjects:
         values: dict[str, list[int]] = {}

@@ -332,30 +332,31 @@ class ReducedGradients:
     def settle(self, place: Place, problem: str | None = None) -> list[int]:
         """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py.
 
-        A `problem` comes from what the ranks have agreed on, so all of them have it.
+        A `problem` that comes up after the round can no longer be told: it is raised on this rank.
         """
-        if problem:
-            self._agreement.ask(place, False, problem)
         active = self._agreement.stepping()
-        if self._settled is not None and active == self._agreement.active and not self._left_over:
+        if self._settled is not None and active == self._agreement.active and not self._left_over and not problem:
             return self._settled
         self._close()
-        if self._ranks.alone:
-            self._settle_alone(place)
-        else:
-            self._meet(place)
+        self._problem = self._problem or problem
+        try:
+            if self._ranks.alone:
+                self._settle_alone(place)
+            else:
+                self._meet(place)
+            if self._problem:
+                raise RuntimeError(self._problem)
+        finally:
+            self._problem = None
         self._land_all()
         self._settled = present = self._present()
         return present
 
     def _settle_alone(self, place: Place) -> None:
-        problem = self._problem or self._agreement.misuse()
-        if not problem and (not self._rounds or self._waiting()):
+        self._problem = self._problem or self._agreement.misuse()
+        if not self._problem and (not self._rounds or self._waiting()):
             self._open(place)
             self._close()
-            problem = self._problem
-        if problem:
-            raise RuntimeError(problem)
         self._agreement.active = self._agreement.stepping()
 
     def _meet(self, place: Place) -> None:
