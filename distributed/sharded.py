@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 
 from ..base import outside_compile
 from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
@@ -25,6 +24,7 @@ from .around import AroundOptimizer, refuse
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
+from .gathering import Gathering
 from .gradients import Gradients, LocalGradients, scale
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
@@ -73,6 +73,7 @@ class ShardedOptimizer(AroundOptimizer):
             if stage == 1
             else ReducedGradients(ranks, self._buffers, self._agreement)
         )
+        self._gathering = Gathering(ranks, self._buffers, model)
         self._keep_own_state()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
@@ -140,25 +141,16 @@ class ShardedOptimizer(AroundOptimizer):
     @torch.no_grad()
     def _step_slices(self) -> None:
         stepping = self._gradients.settle("step", self._not_recorded())
+        self._gathering.synchronize()
         if self.layout.kind == "whole":
             self._run_whole(stepping)
         else:
             self._run_slices(stepping)
-        self._gather(stepping)
+        self._gathering.start(frozenset(stepping))
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
-
-    def _gather(self, stepping: list[int]) -> None:
-        """Bring the buckets of the parameters that have stepped from their owners to all ranks."""
-        pending = []
-        for wire in self._buffers.gathering(frozenset(stepping)):
-            flat = self._buffers.buckets[wire.bucket.index]
-            with record_function(f"fastopt gather {flat.label}"):
-                pending.append(self._ranks.gather(wire, flat.flat))
-        for each in pending:
-            each.wait()
 
     def _run_slices(self, stepping: list[int]) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
@@ -230,6 +222,19 @@ class ShardedOptimizer(AroundOptimizer):
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         return lambda partial: self._ranks.sum(partial.to(device)).to(partial.device)
 
+    def synchronize(self) -> None:
+        """Wait until the parameters that the last step has moved are complete on this rank.
+
+        Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
+        `model.load_state_dict()`, freezing and the next step. Call this before anything else reads a parameter, such as
+        a norm for the log, an average of the weights, or a function that is given `layer.weight`.
+        """
+        self._gathering.synchronize()
+
+    def _freeze_group(self, i: int, frozen: bool | str) -> None:
+        self.synchronize()  # a change of freezing is when DistributedDataParallel is built anew, which reads parameters
+        super()._freeze_group(i, frozen)
+
     # ---- gradients
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
@@ -294,12 +299,14 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
         """Take in the parameters of a new group."""
+        self.synchronize()
         first = len(self._buffers.buckets)
         self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
         self._buffers.extend(layout, params)
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
+        self._gathering.watch()
         self._agreement.grown(len(params))
 
     # ---- state
