@@ -329,16 +329,12 @@ class ReducedGradients:
     # ---- at a step
 
     @torch.no_grad()
-    def settle(self, place: Place, problem: str | None = None) -> list[int]:
-        """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py.
-
-        A `problem` that comes up after the round can no longer be told: it is raised on this rank.
-        """
+    def settle(self, place: Place) -> list[int]:
+        """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py."""
         active = self._agreement.stepping()
-        if self._settled is not None and active == self._agreement.active and not self._left_over and not problem:
+        if self._settled is not None and active == self._agreement.active and not self._left_over:
             return self._settled
         self._close()
-        self._problem = self._problem or problem
         try:
             if self._ranks.alone:
                 self._settle_alone(place)

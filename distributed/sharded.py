@@ -140,7 +140,9 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._gradients.settle("step", self._not_recorded())
+        stepping = self._gradients.settle("step")
+        if self._only_recorded:
+            self._agreement.ask("step", False, self._not_recorded(stepping))
         self._gathering.synchronize()
         if self.layout.kind == "whole":
             self._run_whole(stepping)
@@ -193,11 +195,9 @@ class ShardedOptimizer(AroundOptimizer):
         """Whether the chain may step slices only because its recording says so: not all cbs declare what they need."""
         return self.layout.kind == "even" and bool(undeclared(self.cbs))
 
-    def _not_recorded(self) -> str | None:
+    def _not_recorded(self, stepping: Iterable[int]) -> str | None:
         """Why the chain cannot step slices now although its first recording could; None if it can."""
-        if not self._only_recorded:
-            return None
-        why = self.opt.runner.not_on_slices(self.cbs, self._slices(sorted(self._agreement.stepping())))
+        why = self.opt.runner.not_on_slices(self.cbs, self._slices(stepping))
         return why and (
             f"this step cannot be made on slices of parameters: {why}. What {', '.join(undeclared(self.cbs))} must see "
             f"of a parameter was found by recording, which now fails: declare it (cb.needs = 'elementwise', 'norm' or "
