@@ -380,8 +380,8 @@ class ReducedGradients:
 
     def _agreed(self, verdict: Verdict, place: Place) -> bool:
         """Whether the headers leave nothing to be asked."""
-        together = {"clip_grad_norm_", "step"} <= verdict.places
-        if verdict.problem or not verdict.same_activity or together:
+        apart = len(verdict.places - {"backward"}) > 1
+        if verdict.problem or not verdict.same_activity or apart:
             self._asking = True
             self._agreement.disagree(place, self._problem)
         self._asking = self._asking or not verdict.same_hypers

@@ -29,6 +29,8 @@ def shard(
     layout: Kind | None = None,
     cost: Callable[[Tensor], float] | None = None,
     bucket_bytes: int = BUCKET_BYTES,
+    master_weights: bool | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -48,6 +50,10 @@ def shard(
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
             elements by default.
         bucket_bytes: size of the flat buffers in bytes.
+        master_weights: whether parameters in bfloat16 or float16 step on a float32 copy, of which each rank holds its
+            slices; by default what `opt` was made with.
+        reduce_dtype: stage 2: gradients are exchanged in their own dtype and summed in this one, in the order of the
+            ranks, so that sums are the same in every run. By default the backend sums them in their own dtype.
 
     Raises:
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
@@ -55,22 +61,27 @@ def shard(
     """
     ranks = Ranks.of(group)
     kind: Kind = "even"
+    masters = False
     params: list[Tensor] = []
     specs: list[ParamSpec] = []
     problem: Exception | None = None
     try:
         _check(opt, model, stage)
+        _check_dtype(reduce_dtype, stage)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
         specs = specs_of(opt, model, ranks, cost)
-        report = {**_about(opt, stage, bucket_bytes), "layout": kind, **about_groups(opt, specs)}
+        masters = opt.master_weights if master_weights is None else bool(master_weights)
+        about = _about(opt, stage, bucket_bytes, masters, reduce_dtype)
+        report = {**about, "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
     if problem:
         raise problem
+    opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
-    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage))
+    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage), reduce_dtype)
     sharded.cost = cost
     _broadcast_rest(model, params, ranks)
     return sharded
@@ -102,6 +113,16 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             raise ValueError(f"{name!r} makes sparse gradients, which have no slices: build it with sparse=False")
 
 
+def _check_dtype(reduce_dtype: Any, stage: int) -> None:
+    """Refuse what sums cannot be made in."""
+    if reduce_dtype is None:
+        return
+    if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:
+        raise TypeError(f"reduce_dtype is a floating-point dtype such as torch.float32, got {reduce_dtype!r}")
+    if stage == 1:
+        raise ValueError("in stage 1 gradients are averaged by others: reduce_dtype is for stage 2")
+
+
 def _kind(opt: Optimizer, layout: str | None) -> Kind:
     """The kind of layout that was asked for, or that the chain needs."""
     if layout not in (None, "even", "whole"):
@@ -117,13 +138,17 @@ def _kind(opt: Optimizer, layout: str | None) -> Kind:
     return "whole"
 
 
-def _about(opt: Optimizer, stage: int, bucket_bytes: int) -> dict[str, Any]:
+def _about(
+    opt: Optimizer, stage: int, bucket_bytes: int, masters: bool, reduce_dtype: torch.dtype | None
+) -> dict[str, Any]:
     """What must be equal on all ranks, apart from the groups."""
     return {
         "optimizer": type(opt).__name__,
         "chain": ", ".join(cb_name(cb) for cb in opt.cbs),
         "stage": stage,
         "bucket_bytes": bucket_bytes,
+        "master_weights": masters,
+        "reduce_dtype": str(reduce_dtype),
         "number of groups": len(opt.param_groups),
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..base import outside_compile
 from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..engine.describe import attribute
+from ..engine.master import MASTER
 from ..hypers import Group
 from ..optimizer import Optimizer
 from ..pieces import Box
@@ -30,6 +31,7 @@ from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .reduced import ReducedGradients
+from .scaling import Found, teach_grad_scaler, unscale
 from .sharded_state import Held, consolidate, tensor_bytes
 
 StateDict = dict[str, Any]
@@ -56,6 +58,7 @@ class ShardedOptimizer(AroundOptimizer):
         layout: Layout,
         params: Sequence[Tensor],
         stage: Literal[1, 2],
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
@@ -71,10 +74,11 @@ class ShardedOptimizer(AroundOptimizer):
         self._gradients: Gradients = (
             LocalGradients(ranks, self._buffers, self._agreement)
             if stage == 1
-            else ReducedGradients(ranks, self._buffers, self._agreement)
+            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype)
         )
         self._gathering = Gathering(ranks, self._buffers, model)
         self._keep_own_state()
+        teach_grad_scaler()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
         opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
@@ -159,7 +163,7 @@ class ShardedOptimizer(AroundOptimizer):
         work = self._slices(stepping)
         for i in stepping:
             part, grad = self._buffers.slice(i), self._gradients.slice(i)
-            part.grad = torch.zeros_like(part) if grad is None else grad
+            self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
             self.opt.run(work, self._reduce if recorded or chain_needs(self.cbs) == "norm" else None, recorded=recorded)
@@ -176,14 +180,25 @@ class ShardedOptimizer(AroundOptimizer):
             for i, p in zip(members, params, strict=True):
                 grad = self._gradients.slice(i)
                 before.append((p, p.grad))
-                p.grad = torch.zeros_like(p) if grad is None else grad.view(p.shape)
+                self._give(p, torch.zeros_like(p) if grad is None else grad.view(p.shape))
             work.append(self._work(group, members, params))
         try:
             if work:
                 self.opt.run(work)
         finally:
             for p, grad in before:
+                p.grad = None
+                if p.grad_dtype != p.dtype:
+                    p.grad_dtype = p.dtype
                 p.grad = grad
+
+    def _give(self, p: Tensor, grad: Tensor) -> None:
+        """Make `grad` the gradient of `p`. More precise sums stay so where the chain steps on a master copy."""
+        if grad.dtype == p.dtype or not self.opt.master_weights:
+            p.grad = grad.to(p.dtype)
+        else:
+            p.grad_dtype = None
+            p.grad = grad
 
     def _slices(self, params: Iterable[int]) -> list[GroupWork]:
         """The work on this rank's slices of `params`."""
@@ -271,6 +286,16 @@ class ShardedOptimizer(AroundOptimizer):
         scale(parts, clip_factor(total, max_norm))
         return total
 
+    @torch.no_grad()
+    def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
+        """What `GradScaler.unscale_` calls, see scaling.py. Collective: an inf on one rank is one on all."""
+        active = self._gradients.settle("unscale_")
+        if self.stage == 1:
+            found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+        else:
+            found = unscale(self._gradients.held(active), inv_scale, found_inf)
+        return {found.device: self._ranks.largest(found)}
+
     # ---- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -319,7 +344,7 @@ class ShardedOptimizer(AroundOptimizer):
     def _shaped(self) -> set[str]:
         """Keys of states that the chain says, or its recordings show, are shaped like their parameter."""
         told = {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
-        return told | self.opt.program().whole_states()
+        return told | self.opt.program().whole_states() | {MASTER}
 
     def _keep_own_state(self) -> None:
         """Cut whole states down to what this rank owns."""
