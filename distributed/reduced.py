@@ -36,7 +36,7 @@ from .wire import Wire
 _hooks: Any = WeakTensorKeyDictionary()
 
 IN_FLIGHT = 2
-"""Buckets whose full gradient may be alive at once while they are being reduced."""
+"""Buckets whose full gradient may be alive at once: one that backward is making, and one that is being reduced."""
 
 
 class Round:
@@ -78,7 +78,9 @@ class Part:
     def add(self, earlier: Part) -> None:
         """Add the part of an earlier round, which may have had other active parameters."""
         if earlier.wire is self.wire:
-            self.sums.add_(earlier.sums)
+            # Not the rest of the header, which may be on its way to the host.
+            told = self.payload + len(self.wire.params)
+            self.sums[:told].add_(earlier.sums[:told])
             return
         before = earlier.flags()
         at = {param: k for k, param in enumerate(earlier.wire.params)}
@@ -275,14 +277,14 @@ class ReducedGradients:
     def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
         """Start the collective of one bucket."""
         flat = self._buffers.buckets[wire.bucket.index]
+        while len(self._in_flight) >= IN_FLIGHT - 1:
+            self._land()
         flags = [int(param in sources) for param in wire.params]
         full = torch.empty(wire.numel, dtype=flat.flat.dtype, device=flat.flat.device)
         with record_function(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, _on(full, flags + leading, wire.header))
             reduction = self._ranks.reduce(wire, full, self._dtype)
         self._in_flight.append((wire, full, reduction))
-        while len(self._in_flight) > IN_FLIGHT:
-            self._land()
         return reduction
 
     def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
