@@ -96,16 +96,17 @@ class Agreement:
         hypers = (self._hypers(), self._unchecked)
         told = [*at, waiting, *has, *both_ways(hypers)]
         heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
-        in_round, clipping, in_step, any_waiting = map(bool, heard[:4])
+        n = len(PLACES)
+        in_round, *elsewhere, any_waiting = map(bool, heard[: n + 1])
         alike = equal_everywhere(heard[-BOTH_WAYS:])
-        if (clipping and in_step) or not (alike or in_round):
+        if sum(elsewhere) > 1 or not (alike or in_round):
             self.disagree(place, problem)
         if problem:
             raise RuntimeError(problem)
         self.active = active
         if alike:
             self._unchecked, self._told = None, self._hypers_digest()
-        return in_round, any_waiting, [bool(each) for each in heard[4 : 4 + len(has)]]
+        return in_round, any_waiting, [bool(each) for each in heard[n + 1 : n + 1 + len(has)]]
 
     def disagree(self, place: Place, problem: str | None) -> NoReturn:
         """Raise what differs. Collective: all ranks have seen that something does."""

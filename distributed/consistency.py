@@ -80,12 +80,12 @@ def equal_everywhere(largest: Sequence[int]) -> bool:
 
 def disagree(ranks: Ranks, report: Report) -> NoReturn:
     """Raise what differs between the reports of the ranks, all of which must call this."""
-    compare(ranks.gather_objects(dict(report)))
+    compare(ranks.gather_everywhere(dict(report)))
 
 
 def agree_fully(ranks: Ranks, report: Report) -> None:
     """As `agree`, for set-up, where nothing is known of the other ranks yet: reports may differ in length."""
-    if not ranks.alone and len(set(ranks.gather_objects(digest(list(report.items()))))) > 1:
+    if not ranks.alone and len(set(ranks.gather_everywhere(digest(list(report.items()))))) > 1:
         disagree(ranks, report)
 
 
@@ -98,11 +98,15 @@ def digest(facts: Any) -> bytes:
 def compare(reports: Sequence[Report]) -> NoReturn:
     """Raise `RanksDiffer` with the differences between the ranks' reports.
 
-    If a rank reports a problem, it is that which has to be mended: the rest is left out.
+    If a rank reports a problem, it is that which has to be mended: the rest is left out. A problem that all ranks have
+    alike is no difference: a RuntimeError.
     """
     subjects = list(dict.fromkeys(subject for report in reports for subject in report))
     if "problem" in subjects:
         subjects = ["problem"]
+        problems = {report.get("problem") for report in reports}
+        if len(problems) == 1:
+            raise RuntimeError(*problems)
     lines = []
     for subject in subjects:
         values: dict[str, list[int]] = {}

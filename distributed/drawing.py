@@ -62,9 +62,11 @@ def _cells(bucket: Bucket) -> str:
 
 def owner_of(bucket: Bucket, element: int) -> int:
     """The rank that owns an element of the bucket's flat buffer."""
-    if bucket.owned is None:
-        return min(element // max(bucket.numel // bucket.world_size, 1), bucket.world_size - 1)
-    return next((r.rank for r in bucket.owned if r.start <= element < r.stop), 0)
+    if bucket.owned is not None:
+        return next((r.rank for r in bucket.owned if r.start <= element < r.stop), 0)
+    segment = next((s for s in bucket.segments if s.start <= element < s.stop), bucket.segments[-1])
+    share = max((segment.stop - segment.start) // bucket.world_size, 1)
+    return min((element - segment.start) // share, bucket.world_size - 1)
 
 
 def _rank_text(plan: Plan, rank: int) -> Iterator[str]:

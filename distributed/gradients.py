@@ -21,11 +21,8 @@ from .header import Place
 class Gradients(Protocol):
     """What a step asks of its gradients. Parameters are known by their index in the layout."""
 
-    def settle(self, place: Place, problem: str | None = None) -> list[int]:
-        """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`.
-
-        `problem` is why this rank cannot go on.
-        """
+    def settle(self, place: Place) -> list[int]:
+        """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
 
     def slice(self, param: int) -> Tensor | None:
         """This rank's elements of the averaged gradient, 1-d; None where it has none."""
@@ -49,11 +46,11 @@ class LocalGradients:
     def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement) -> None:
         self._ranks, self._buffers, self._agreement = ranks, buffers, agreement
 
-    def settle(self, place: Place, problem: str | None = None) -> list[int]:
+    def settle(self, place: Place) -> list[int]:
         """The parameters that have a `p.grad` on any rank."""
         active = self._agreement.stepping()
         has = [i in active and p.grad is not None for i, p in enumerate(self._buffers.params)]
-        _, _, anywhere = self._agreement.ask(place, False, problem or sparse(self._buffers), has)
+        _, _, anywhere = self._agreement.ask(place, False, sparse(self._buffers), has)
         return [i for i, there in enumerate(anywhere) if there]
 
     def slice(self, param: int) -> Tensor | None:

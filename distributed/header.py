@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Place = Literal["backward", "clip_grad_norm_", "step"]
+Place = Literal["backward", "unscale_", "clip_grad_norm_", "step"]
 PLACES: tuple[Place, ...] = get_args(Place)
 
 BITS = 32

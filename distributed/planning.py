@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import run_eager
+from ..engine.master import add_masters
 from ..optimizer import Optimizer
 from ..optimizers import Adam
 from ..wrapper import OptimWrapper
@@ -169,8 +170,9 @@ def plan(
     """
     opt = make(model.parameters())
     names = model_names(model)
+    places = {key: place for place, key in enumerate(names)}
     specs = [
-        ParamSpec(names.get(id(p), f"group {i}, parameter {j}"), tuple(p.shape), p.dtype, i)
+        ParamSpec(names.get(id(p), f"group {i}, parameter {j}"), tuple(p.shape), p.dtype, i, place=places.get(id(p), 0))
         for i, group in enumerate(opt.param_groups)
         for j, p in enumerate(group["params"])
     ]
@@ -217,6 +219,8 @@ def _state_bytes(opt: Optimizer) -> list[float]:
         work.append(opt.group_work(i, params, [{} for _ in params]))
     try:
         with torch.no_grad():
+            if opt.master_weights:
+                add_masters(work)
             run_eager(opt.cbs, work)
     except RuntimeError as error:
         raise ValueError(
@@ -258,13 +262,12 @@ def _bucket_plan(stage: Stage, layout: Layout, state_bytes: Sequence[float]) -> 
     )
     # Stage 1: somebody averages whole gradients, which is a reduce-scatter and an all-gather in one.
     once = whole * (n - 1) // n
-    per_bucket = [max(len(bucket.owned or ()), 1) for bucket in layout.buckets]
     return StagePlan(
         stage,
         layout.kind,
         memory,
         sent=(3 if stage == 1 else 2) * once,
-        collectives=2 * sum(per_bucket),
+        collectives=2 * len(layout.buckets),
         sizes=tuple(sizes),
         elements=tuple(layout.loads()),
     )

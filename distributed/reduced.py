@@ -36,7 +36,7 @@ from .wire import Wire
 _hooks: Any = WeakTensorKeyDictionary()
 
 IN_FLIGHT = 2
-"""Buckets whose full gradient may be alive at once while they are being reduced."""
+"""Buckets whose full gradient may be alive at once: one that backward is making, and one that is being reduced."""
 
 
 class Round:
@@ -78,7 +78,9 @@ class Part:
     def add(self, earlier: Part) -> None:
         """Add the part of an earlier round, which may have had other active parameters."""
         if earlier.wire is self.wire:
-            self.sums.add_(earlier.sums)
+            # Not the rest of the header, which may be on its way to the host.
+            told = self.payload + len(self.wire.params)
+            self.sums[:told].add_(earlier.sums[:told])
             return
         before = earlier.flags()
         at = {param: k for k, param in enumerate(earlier.wire.params)}
@@ -275,14 +277,14 @@ class ReducedGradients:
     def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
         """Start the collective of one bucket."""
         flat = self._buffers.buckets[wire.bucket.index]
+        while len(self._in_flight) >= IN_FLIGHT - 1:
+            self._land()
         flags = [int(param in sources) for param in wire.params]
         full = torch.empty(wire.numel, dtype=flat.flat.dtype, device=flat.flat.device)
         with record_function(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, _on(full, flags + leading, wire.header))
             reduction = self._ranks.reduce(wire, full, self._dtype)
         self._in_flight.append((wire, full, reduction))
-        while len(self._in_flight) > IN_FLIGHT:
-            self._land()
         return reduction
 
     def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
@@ -304,7 +306,7 @@ class ReducedGradients:
         wire, _, reduction = self._in_flight.popleft()
         reduction.wait()
         part = Part(wire, self._ranks.rank, reduction.mine)
-        part.sums[: part.payload].div_(self._ranks.world_size)
+        part.sums[: part.payload].div_(self._ranks.total)
         earlier = self._parts.get(wire.bucket.index)
         if earlier is not None:
             part.add(earlier)
@@ -329,33 +331,30 @@ class ReducedGradients:
     # ---- at a step
 
     @torch.no_grad()
-    def settle(self, place: Place, problem: str | None = None) -> list[int]:
-        """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py.
-
-        A `problem` comes from what the ranks have agreed on, so all of them have it.
-        """
-        if problem:
-            self._agreement.ask(place, False, problem)
+    def settle(self, place: Place) -> list[int]:
+        """The active parameters with a gradient on any rank. See [Note: agreement] in consistency.py."""
         active = self._agreement.stepping()
         if self._settled is not None and active == self._agreement.active and not self._left_over:
             return self._settled
         self._close()
-        if self._ranks.alone:
-            self._settle_alone(place)
-        else:
-            self._meet(place)
+        try:
+            if self._ranks.alone:
+                self._settle_alone(place)
+            else:
+                self._meet(place)
+            if self._problem:
+                raise RuntimeError(self._problem)
+        finally:
+            self._problem = None
         self._land_all()
         self._settled = present = self._present()
         return present
 
     def _settle_alone(self, place: Place) -> None:
-        problem = self._problem or self._agreement.misuse()
-        if not problem and (not self._rounds or self._waiting()):
+        self._problem = self._problem or self._agreement.misuse()
+        if not self._problem and (not self._rounds or self._waiting(self._agreement.stepping())):
             self._open(place)
             self._close()
-            problem = self._problem
-        if problem:
-            raise RuntimeError(problem)
         self._agreement.active = self._agreement.stepping()
 
     def _meet(self, place: Place) -> None:
@@ -363,7 +362,7 @@ class ReducedGradients:
         agreement = self._agreement
         while True:
             if self._must_ask:
-                in_round, waiting, _ = agreement.ask(place, self._waiting(), self._problem)
+                in_round, waiting, _ = agreement.ask(place, self._waiting(agreement.stepping()), self._problem)
                 if not in_round and not waiting:
                     self._asking = False
                     return
@@ -374,7 +373,7 @@ class ReducedGradients:
             if agreement.stepping() != agreement.active:
                 self._change(place)
                 continue
-            if not self._rounds or self._waiting():
+            if not self._rounds or self._waiting(agreement.active):
                 self._open(place)
                 self._close()
             verdict = self._verdict()
@@ -383,16 +382,19 @@ class ReducedGradients:
 
     def _agreed(self, verdict: Verdict, place: Place) -> bool:
         """Whether the headers leave nothing to be asked."""
-        together = {"clip_grad_norm_", "step"} <= verdict.places
-        if verdict.problem or not verdict.same_activity or together:
+        apart = len(verdict.places - {"backward"}) > 1
+        if verdict.problem or not verdict.same_activity or apart:
             self._asking = True
             self._agreement.disagree(place, self._problem)
         self._asking = self._asking or not verdict.same_hypers
         return not self._asking
 
-    def _waiting(self) -> bool:
-        """Whether there is something that no round has taken along: after passes under `no_sync()`, or by hand."""
-        return self._left_over or any(self._buffers.params[i].grad is not None for i in self._agreement.active)
+    def _waiting(self, active: Iterable[int]) -> bool:
+        """Whether there is something that no round has taken along: after passes under `no_sync()`, or by hand.
+
+        `active` is what the next round takes, which may not have been agreed on yet.
+        """
+        return self._left_over or any(self._buffers.params[i].grad is not None for i in active)
 
     def _present(self) -> list[int]:
         """The active parameters with a gradient on any rank; the flags are read only where some are missing here."""

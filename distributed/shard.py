@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import cb_name, undeclared
@@ -17,6 +18,7 @@ from .collectives import Ranks
 from .consistency import agree_fully
 from .layout import BUCKET_BYTES, Kind, Layout, ParamSpec
 from .members import about_groups, specs_of
+from .meshes import seat
 from .sharded import ShardedOptimizer
 
 
@@ -24,11 +26,13 @@ def shard(
     opt: Optimizer,
     model: nn.Module,
     stage: int = 2,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     *,
     layout: Kind | None = None,
     cost: Callable[[Tensor], float] | None = None,
     bucket_bytes: int = BUCKET_BYTES,
+    master_weights: bool | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -42,35 +46,45 @@ def shard(
         stage: 1: gradients are averaged already when `step` is called, by DistributedDataParallel or by hand.
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
-        group: the ranks that take part, all by default.
+        group: the ranks that take part, all by default; or a mesh of one dimension, or of two for hybrid sharding: the
+            state is spread over the second dimension, and the first one holds copies.
         layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
             elements by default.
         bucket_bytes: size of the flat buffers in bytes.
+        master_weights: whether parameters in bfloat16 or float16 step on a float32 copy, of which each rank holds its
+            slices; by default what `opt` was made with.
+        reduce_dtype: stage 2: gradients are exchanged in their own dtype and summed in this one, in the order of the
+            ranks, so that sums are the same in every run. By default the backend sums them in their own dtype.
 
     Raises:
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
         TypeError, ValueError: on all ranks, something that cannot be sharded.
     """
-    ranks = Ranks.of(group)
+    ranks = seat(group)
     kind: Kind = "even"
+    masters = False
     params: list[Tensor] = []
     specs: list[ParamSpec] = []
     problem: Exception | None = None
     try:
         _check(opt, model, stage)
+        _check_dtype(reduce_dtype, stage)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
         specs = specs_of(opt, model, ranks, cost)
-        report = {**_about(opt, stage, bucket_bytes), "layout": kind, **about_groups(opt, specs)}
+        masters = opt.master_weights if master_weights is None else bool(master_weights)
+        about = _about(opt, stage, bucket_bytes, masters, reduce_dtype)
+        report = {**about, "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
     if problem:
         raise problem
+    opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
-    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage))
+    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage), reduce_dtype)
     sharded.cost = cost
     _broadcast_rest(model, params, ranks)
     return sharded
@@ -102,6 +116,16 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             raise ValueError(f"{name!r} makes sparse gradients, which have no slices: build it with sparse=False")
 
 
+def _check_dtype(reduce_dtype: Any, stage: int) -> None:
+    """Refuse what sums cannot be made in."""
+    if reduce_dtype is None:
+        return
+    if not isinstance(reduce_dtype, torch.dtype) or not reduce_dtype.is_floating_point:
+        raise TypeError(f"reduce_dtype is a floating-point dtype such as torch.float32, got {reduce_dtype!r}")
+    if stage == 1:
+        raise ValueError("in stage 1 gradients are averaged by others: reduce_dtype is for stage 2")
+
+
 def _kind(opt: Optimizer, layout: str | None) -> Kind:
     """The kind of layout that was asked for, or that the chain needs."""
     if layout not in (None, "even", "whole"):
@@ -117,13 +141,17 @@ def _kind(opt: Optimizer, layout: str | None) -> Kind:
     return "whole"
 
 
-def _about(opt: Optimizer, stage: int, bucket_bytes: int) -> dict[str, Any]:
+def _about(
+    opt: Optimizer, stage: int, bucket_bytes: int, masters: bool, reduce_dtype: torch.dtype | None
+) -> dict[str, Any]:
     """What must be equal on all ranks, apart from the groups."""
     return {
         "optimizer": type(opt).__name__,
         "chain": ", ".join(cb_name(cb) for cb in opt.cbs),
         "stage": stage,
         "bucket_bytes": bucket_bytes,
+        "master_weights": masters,
+        "reduce_dtype": str(reduce_dtype),
         "number of groups": len(opt.param_groups),
     }
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.profiler import record_function
 
 from ..base import outside_compile
 from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..engine.describe import attribute
+from ..engine.master import MASTER
 from ..hypers import Group
 from ..optimizer import Optimizer
 from ..pieces import Box
@@ -25,11 +25,13 @@ from .around import AroundOptimizer, refuse
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
+from .gathering import Gathering
 from .gradients import Gradients, LocalGradients, scale
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .reduced import ReducedGradients
+from .scaling import Found, teach_grad_scaler, unscale
 from .sharded_state import Held, consolidate, tensor_bytes
 
 StateDict = dict[str, Any]
@@ -56,6 +58,7 @@ class ShardedOptimizer(AroundOptimizer):
         layout: Layout,
         params: Sequence[Tensor],
         stage: Literal[1, 2],
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
@@ -71,9 +74,11 @@ class ShardedOptimizer(AroundOptimizer):
         self._gradients: Gradients = (
             LocalGradients(ranks, self._buffers, self._agreement)
             if stage == 1
-            else ReducedGradients(ranks, self._buffers, self._agreement)
+            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype)
         )
+        self._gathering = Gathering(ranks, self._buffers, model)
         self._keep_own_state()
+        teach_grad_scaler()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
         opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
@@ -139,33 +144,26 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._gradients.settle("step", self._not_recorded())
+        stepping = self._gradients.settle("step")
+        if self._only_recorded:
+            self._agreement.ask("step", False, self._not_recorded(stepping))
+        self._gathering.synchronize()
         if self.layout.kind == "whole":
             self._run_whole(stepping)
         else:
             self._run_slices(stepping)
-        self._gather(stepping)
+        self._gathering.start(frozenset(stepping))
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
-
-    def _gather(self, stepping: list[int]) -> None:
-        """Bring the buckets of the parameters that have stepped from their owners to all ranks."""
-        pending = []
-        for wire in self._buffers.gathering(frozenset(stepping)):
-            flat = self._buffers.buckets[wire.bucket.index]
-            with record_function(f"fastopt gather {flat.label}"):
-                pending.append(self._ranks.gather(wire, flat.flat))
-        for each in pending:
-            each.wait()
 
     def _run_slices(self, stepping: list[int]) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
         work = self._slices(stepping)
         for i in stepping:
             part, grad = self._buffers.slice(i), self._gradients.slice(i)
-            part.grad = torch.zeros_like(part) if grad is None else grad
+            self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
             self.opt.run(work, self._reduce if recorded or chain_needs(self.cbs) == "norm" else None, recorded=recorded)
@@ -182,14 +180,25 @@ class ShardedOptimizer(AroundOptimizer):
             for i, p in zip(members, params, strict=True):
                 grad = self._gradients.slice(i)
                 before.append((p, p.grad))
-                p.grad = torch.zeros_like(p) if grad is None else grad.view(p.shape)
+                self._give(p, torch.zeros_like(p) if grad is None else grad.view(p.shape))
             work.append(self._work(group, members, params))
         try:
             if work:
                 self.opt.run(work)
         finally:
             for p, grad in before:
+                p.grad = None
+                if p.grad_dtype != p.dtype:
+                    p.grad_dtype = p.dtype
                 p.grad = grad
+
+    def _give(self, p: Tensor, grad: Tensor) -> None:
+        """Make `grad` the gradient of `p`. More precise sums stay so where the chain steps on a master copy."""
+        if grad.dtype == p.dtype or not self.opt.master_weights:
+            p.grad = grad.to(p.dtype)
+        else:
+            p.grad_dtype = None
+            p.grad = grad
 
     def _slices(self, params: Iterable[int]) -> list[GroupWork]:
         """The work on this rank's slices of `params`."""
@@ -201,11 +210,9 @@ class ShardedOptimizer(AroundOptimizer):
         """Whether the chain may step slices only because its recording says so: not all cbs declare what they need."""
         return self.layout.kind == "even" and bool(undeclared(self.cbs))
 
-    def _not_recorded(self) -> str | None:
+    def _not_recorded(self, stepping: Iterable[int]) -> str | None:
         """Why the chain cannot step slices now although its first recording could; None if it can."""
-        if not self._only_recorded:
-            return None
-        why = self.opt.runner.not_on_slices(self.cbs, self._slices(sorted(self._agreement.stepping())))
+        why = self.opt.runner.not_on_slices(self.cbs, self._slices(stepping))
         return why and (
             f"this step cannot be made on slices of parameters: {why}. What {', '.join(undeclared(self.cbs))} must see "
             f"of a parameter was found by recording, which now fails: declare it (cb.needs = 'elementwise', 'norm' or "
@@ -229,6 +236,19 @@ class ShardedOptimizer(AroundOptimizer):
             return None
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         return lambda partial: self._ranks.sum(partial.to(device)).to(partial.device)
+
+    def synchronize(self) -> None:
+        """Wait until the parameters that the last step has moved are complete on this rank.
+
+        Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
+        `model.load_state_dict()`, freezing and the next step. Call this before anything else reads a parameter, such as
+        a norm for the log, an average of the weights, or a function that is given `layer.weight`.
+        """
+        self._gathering.synchronize()
+
+    def _freeze_group(self, i: int, frozen: bool | str) -> None:
+        self.synchronize()  # a change of freezing is when DistributedDataParallel is built anew, which reads parameters
+        super()._freeze_group(i, frozen)
 
     # ---- gradients
 
@@ -266,6 +286,16 @@ class ShardedOptimizer(AroundOptimizer):
         scale(parts, clip_factor(total, max_norm))
         return total
 
+    @torch.no_grad()
+    def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
+        """What `GradScaler.unscale_` calls, see scaling.py. Collective: an inf on one rank is one on all."""
+        active = self._gradients.settle("unscale_")
+        if self.stage == 1:
+            found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+        else:
+            found = unscale(self._gradients.held(active), inv_scale, found_inf)
+        return {found.device: self._ranks.largest(found)}
+
     # ---- groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -294,25 +324,27 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _extend(self, layout: Layout, params: Sequence[Tensor]) -> None:
         """Take in the parameters of a new group."""
+        self.synchronize()
         first = len(self._buffers.buckets)
         self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
         self._buffers.extend(layout, params)
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
+        self._gathering.watch()
         self._agreement.grown(len(params))
 
     # ---- state
 
     def _held(self, p: Tensor) -> Held:
         """How this rank holds the state of `p`."""
-        return Held(self.layout, self.rank, self._index[id(p)], p.device)
+        return Held(self.layout, self.rank, self._index[id(p)], p.device, self._ranks.copy)
 
     @property
     def _shaped(self) -> set[str]:
         """Keys of states that the chain says, or its recordings show, are shaped like their parameter."""
         told = {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
-        return told | self.opt.program().whole_states()
+        return told | self.opt.program().whole_states() | {MASTER}
 
     def _keep_own_state(self) -> None:
         """Cut whole states down to what this rank owns."""

@@ -97,7 +97,7 @@ def groups(model: nn.Sequential) -> list[dict[str, Any]]:
 
 
 def close(model: nn.Module, reference: nn.Module) -> None:
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+    for p, q in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 

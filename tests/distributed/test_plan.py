@@ -17,6 +17,7 @@ from torch import nn
 import fastopt
 from fastopt.distributed import shard
 from fastopt.distributed.decoder import decoder
+from fastopt.distributed.drawing import owner_of
 from fastopt.distributed.layout import Layout, ParamSpec
 from fastopt.distributed.plan import main, plan, plan_specs, report
 from fastopt.distributed.planning import Memory, Plan
@@ -128,6 +129,9 @@ def test_states_come_from_the_chain_itself() -> None:
     assert bytes_of(lambda p: fastopt.SGD(p, lr=0.1)) == 0
     assert bytes_of(lambda p: fastopt.SGD(p, lr=0.1, mom=0.9)) == 4
     assert bytes_of(lambda p: fastopt.ranger(p)) == 12
+    low = two_layers().bfloat16()
+    assert plan(low, 2, lambda p: fastopt.Adam(p)).state_bytes[0] == 4
+    assert plan(low, 2, lambda p: fastopt.Adam(p, master_weights=True)).state_bytes[0] == 4 + 8
     torchs = plan(two_layers(), 2, lambda p: fastopt.OptimWrapper(p, opt=torch.optim.AdamW))
     assert torchs.state_bytes[0] == 8 + 4 / 128  # and a step count of four bytes
     assert torchs.layout.kind == "whole"
@@ -200,6 +204,17 @@ def test_the_command_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", f"{__name__}:two_layers", "--ranks", "2", "--optimizer", "Lookahead"]) == 0
     assert "192 parameters in 2 tensors" in capsys.readouterr().out
+
+
+def test_the_owner_in_the_picture_is_the_owner_in_the_layout() -> None:
+    params = [ParamSpec(f"p{i}", (7, i + 1), torch.float32, i % 2) for i in range(6)]
+    for kind in ("even", "whole"):
+        layout = Layout.make(kind, params, 3, 200)
+        for i in range(len(params)):
+            bucket, entry = layout.place(i)
+            for rank in range(3):
+                start, stop = layout.interval(i, rank)
+                assert {owner_of(bucket, entry.start + e) for e in range(start, stop)} <= {rank}
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

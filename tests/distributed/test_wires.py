@@ -100,4 +100,4 @@ def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> No
         assert not verdict.same_activity
         assert verdict.same_hypers
         assert (verdict.changed, verdict.unchanged, verdict.problem) == (True, True, True)
-    assert set(PLACES) == {"backward", "clip_grad_norm_", "step"}
+    assert set(PLACES) == {"backward", "unscale_", "clip_grad_norm_", "step"}

@@ -53,7 +53,7 @@ def close(got: Tensor, want: Tensor, what: str, looser: float = 1) -> None:
 def set_grads(opt: Optimizer, step: int) -> None:
     """The same whole gradient for a parameter, however it is placed."""
     for i, p in enumerate(members(opt)):
-        full = average(step, i, range(4), 4, torch.empty(p.shape))
+        full = average(step, i, range(4), 4, torch.empty(p.shape, dtype=p.dtype))
         p.grad = distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
 
 
@@ -64,7 +64,8 @@ def agrees(rank: int, world_size: int, names: list[str], mesh_shape: tuple[int, 
         names_of_mesh = ("replicate", "shard")[-len(mesh_shape) :]
         fully_shard(model, mesh=init_device_mesh("cpu", mesh_shape, mesh_dim_names=names_of_mesh))
         opt, plain = build(model.param_groups()), build(reference.param_groups())
-        plain._engine = "eager"
+        if name in OWN:
+            plain._engine = "eager"
         for step in range(5):
             for each in (opt, plain):
                 each.freeze_to((1, 0, 0, -1, 0)[step])
@@ -150,27 +151,29 @@ def test_a_step_uses_no_dispatch_and_one_small_collective(ranks: Any) -> None:
     ranks(2).run(local_only)
 
 
-def engines(rank: int, world_size: int) -> list[tuple[str, str, str]]:
+def engines(rank: int, world_size: int) -> list[tuple[str, str]]:
+    """Names and needs; what runs is what runs on ordinary tensors, or the reference for what needs whole ones."""
     told = []
     for name in ("adam", "lamb", "unit", "muon", "adamw"):
         model = Model(SHAPES)
         fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-        opt = (ELEMENTWISE | NORM | OWN)[name](model.param_groups())
+        opt, plain = ((ELEMENTWISE | NORM | OWN)[name](m.param_groups()) for m in (model, Model(SHAPES)))
         before = opt.engine[0].executor
         set_grads(opt, 0)
         opt.step()
         assert opt.engine[0].executor == before
-        told.append((name, opt.needs, before))
+        assert (before == "eager") == (name in ("muon", "adamw")) or before == plain.engine[0].executor
+        told.append((name, opt.needs))
     return told
 
 
 def test_the_engine_says_what_runs(ranks: Any) -> None:
     assert ranks(2).run(engines)[0] == [
-        ("adam", "elementwise", "foreach"),
-        ("lamb", "norm", "eager"),
-        ("unit", "norm", "foreach"),
-        ("muon", "whole", "eager"),
-        ("adamw", "whole", "eager"),
+        ("adam", "elementwise"),
+        ("lamb", "norm"),
+        ("unit", "norm"),
+        ("muon", "whole"),
+        ("adamw", "whole"),
     ]
 
 
@@ -308,6 +311,29 @@ def round_trip(rank: int, world_size: int) -> None:
 
 def test_states_are_parts_and_are_shown_as_dtensors(ranks: Any) -> None:
     ranks(3).run(round_trip)
+
+
+def low_precision(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    for name, make in {"adam": Adam, "lamb": Lamb}.items():
+        model, reference = Model(SHAPES, [torch.bfloat16]), Model(SHAPES, [torch.bfloat16])
+        fully_shard(model, mesh=mesh)
+        opt, plain = (make(m.param_groups(), lr=0.1, master_weights=True) for m in (model, reference))
+        for step in range(3):
+            for each in (opt, plain):
+                set_grads(each, step)
+                each.step()
+        for p, q in zip(members(opt), members(plain), strict=True):
+            master = opt.state[p]["master"]
+            assert (master.dtype, master.shape) == (torch.float32, p._local_tensor.shape)
+            close(whole(p).float(), q.detach().float(), name, 1000)
+            assert opt.state[p].keys() == plain.state[q].keys()
+        shown = opt.state_dict()["state"][0]["master"]
+        close(whole(shown), plain.state[members(plain)[0]]["master"], name)
+
+
+def test_master_weights_of_parts(ranks: Any) -> None:
+    ranks(2).run(low_precision)
 
 
 def wrapped(rank: int, world_size: int) -> None:

@@ -1,0 +1,172 @@
+"""Parameters come back from their owners while the next forward pass runs.
+
+[Note: gathering]
+After a step the bucket that the first layers need is gathered first, then the next one, and `step` returns. A hook
+before the forward of each module waits for exactly the buckets that it reads: those of its own parameters, and of
+the modules within it that are not called by themselves (a container, or the output projection that
+`nn.MultiheadAttention` reads without calling it). Which modules are called is seen in the forward pass before the step;
+a bucket with a parameter that no called module would wait for is waited for in `step`.
+
+A hook inside of `torch.compile` leaves nothing in the graph, but notes while it is traced that its module does not wait
+by itself: the nearest module around it that is called eagerly does. Outside of training (`model.eval()`) modules may
+take other ways through their parameters, so that the first one called waits for everything.
+
+Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_state_dict`, freezing, the next step) calls
+`synchronize` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.profiler import record_function
+
+from .buckets import Buffers
+from .collectives import Pending, Ranks
+
+
+class Gathering:
+    """The buckets under way, and who waits for which.
+
+    Args:
+        ranks: who takes part.
+        buffers: the parameters.
+        model: the module that has them.
+    """
+
+    def __init__(self, ranks: Ranks, buffers: Buffers, model: nn.Module) -> None:
+        self._ranks, self._buffers = ranks, buffers
+        self._pending: dict[int, Pending] = {}
+        self._modules = list(model.modules())
+        number = {id(module): k for k, module in enumerate(self._modules)}
+        self._children = [[number[id(child)] for child in module.children()] for module in self._modules]
+        self._own: list[set[int]] = []
+        self._needs: list[frozenset[int]] = []
+        self._loose: frozenset[int] = frozenset()
+        self._known: frozenset[int] | None = None
+        self._called: set[int] = set()
+        self._traced: set[int] = set()
+        self.watch()
+        if not ranks.alone:
+            for k, module in enumerate(self._modules):
+                module.register_forward_pre_hook(_Before(self, k))
+                module.register_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
+                module.register_load_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
+
+    def watch(self) -> None:
+        """Take in the parameters that the buffers have."""
+        places = {id(p): self._buffers.layout.place(i)[0].index for i, p in enumerate(self._buffers.params)}
+        self._own = [
+            {places[id(p)] for p in module.parameters(recurse=False) if id(p) in places} for module in self._modules
+        ]
+        self._known = None
+
+    def start(self, params: Set[int]) -> None:
+        """Begin to bring the buckets of `params` from their owners to all ranks. Collective."""
+        self.synchronize()
+        for wire in self._buffers.gathering(params):
+            flat = self._buffers.buckets[wire.bucket.index]
+            with record_function(f"fastopt gather {flat.label}"):
+                self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat)
+        self._plan()
+        self._wait(self._loose)
+
+    def synchronize(self) -> None:
+        """Wait until every parameter is complete (on CUDA: for what is enqueued next)."""
+        self._wait(frozenset(self._pending))
+
+    def before(self, k: int, module: nn.Module) -> None:
+        """Module number `k` is about to run."""
+        if module is not self._modules[k]:
+            return  # a copy, which has parameters of its own
+        self._called.add(k)
+        if self._pending:
+            if module.training:
+                self._wait(self._needs[k])
+            else:
+                self.synchronize()
+
+    def traced(self, k: int) -> None:
+        """Module number `k` is being compiled into something that will not call its hook."""
+        self._traced.add(k)
+        self.synchronize()
+
+    def _wait(self, buckets: frozenset[int]) -> None:
+        for index in sorted(buckets & self._pending.keys()):
+            with record_function(f"fastopt wait for {self._buffers.buckets[index].label}"):
+                self._pending.pop(index).wait()
+
+    def _plan(self) -> None:
+        """Who waits for which buckets in the next forward pass, going by the modules that the last one called."""
+        called = frozenset(self._called - self._traced)
+        self._called.clear()
+        if called == self._known:
+            return
+        # Children come after their parents in the list of modules, except for those that are shared.
+        needs: list[frozenset[int] | None] = [None] * len(self._modules)
+        loose: set[int] = set()
+
+        def needed(k: int) -> frozenset[int]:
+            found = needs[k]
+            if found is None:
+                inner = [needed(child) for child in self._children[k] if child not in called]
+                found = needs[k] = frozenset(self._own[k]).union(*inner)
+            return found
+
+        def visit(k: int) -> None:
+            """Collect what is read below a module that nobody waits for."""
+            if k in called:
+                return
+            loose.update(self._own[k])
+            for child in self._children[k]:
+                visit(child)
+
+        self._needs = [needed(k) for k in range(len(self._modules))]
+        visit(0)
+        held_by_modules = set[int]().union(*self._own)
+        loose.update(flat.bucket.index for flat in self._buffers.buckets if flat.bucket.index not in held_by_modules)
+        self._known, self._loose = called, frozenset(loose)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_trace(gathering: Gathering, k: int) -> int:
+    """Runs while a graph is traced, and is a constant in it."""
+    gathering.traced(k)
+    return k
+
+
+class _Before:
+    """The hook before the forward of a module. A copy of the model does not copy what it serves."""
+
+    def __init__(self, gathering: Gathering | None, k: int) -> None:
+        self.gathering, self.k = gathering, k
+
+    def __call__(self, module: nn.Module, _: Any) -> None:
+        """Wait for what the module reads."""
+        if self.gathering is None:
+            return
+        if torch.compiler.is_compiling():
+            _note_trace(self.gathering, self.k)
+            return
+        self.gathering.before(self.k, module)
+
+    def __reduce__(self) -> tuple[Callable[..., _Before], tuple[None, int]]:
+        return _Before, (None, self.k)
+
+
+class _Everything:
+    """The hook before a module's state is read or written."""
+
+    def __init__(self, gathering: Gathering | None) -> None:
+        self.gathering = gathering
+
+    def __call__(self, *_: Any) -> None:
+        """Wait for every parameter."""
+        if self.gathering is not None:
+            self.gathering.synchronize()
+
+    def __reduce__(self) -> tuple[Callable[..., _Everything], tuple[None]]:
+        return _Everything, (None,)
