@@ -32,7 +32,6 @@ OURS = "fastopt stage 2"
 OTHERS = ("deepspeed1", "deepspeed2", "megatron")
 """Of other packages: where one of these fails, the rest goes on."""
 _TORCH_ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-5, "weight_decay": 0.01}
-_OUR_ADAM: dict[str, Any] = {"lr": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,7 @@ def _ours(s: Setting, opt: Any, model: Any, name: str) -> Iterations:
 
 
 def _adam(params: Any) -> Adam:
-    options: dict[str, Any] = {"master_weights": True} if has_master_weights() else {}
-    return Adam(params, **_OUR_ADAM, **options)
-
-
-def has_master_weights() -> bool:
-    """Whether this library keeps float32 copies of bfloat16 parameters."""
-    return "master_weights" in inspect.signature(Adam).parameters
+    return Adam(params, lr=1e-4, master_weights=True)
 
 
 def stage_2(s: Setting) -> Iterations:
@@ -316,8 +309,7 @@ def builders(device: torch.device) -> dict[str, Callable[[Setting], Iterations]]
 
 def notes(device: torch.device) -> list[str]:
     """Who is missing, and why."""
-    found = [] if has_master_weights() else ["This version of fastopt has no float32 master weights."]
     if device.type != "cuda":
-        return [*found, "On the CPU DeepSpeed and Megatron-Core do not take part."]
+        return ["On the CPU DeepSpeed and Megatron-Core do not take part."]
     names = {"deepspeed": "DeepSpeed", "megatron": "Megatron-Core"}
-    return found + [f"{name} is not installed here." for package, name in names.items() if not _installed(package)]
+    return [f"{name} is not installed here." for package, name in names.items() if not _installed(package)]
