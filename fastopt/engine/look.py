@@ -58,19 +58,23 @@ class Looked:
     def use(self, eyes: Eyes) -> None:
         """Look with these from now on."""
         self._eyes = eyes
-        eyes.look(self.addresses)
+        eyes.look(self.addresses, states=True)
 
     def at(self, place: str) -> NDArray[np.int64] | None:
         """The addresses of the tensors at a place, None if it was not looked at."""
         row = self.places.get(place)
         return None if row is None else self.addresses[row]
 
-    def again(self) -> bool:
-        """Look again: whether all is as it was but for gradients that are elsewhere and otherwise like the last."""
+    def again(self, states: bool = True) -> bool:
+        """Look again: whether all is as it was but for gradients that are elsewhere and otherwise like the last.
+
+        Args:
+            states: look at the states too; not needed where nobody else can have touched them.
+        """
         self._steps += 1
         if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= _MANY:
             self._better_eyes()
-        found = self._eyes.look(self.addresses)
+        found = self._eyes.look(self.addresses, states)
         self.version += found != SAME
         return found != OTHER
 
@@ -97,9 +101,10 @@ class Eyes:
         self._dtype = params[0].dtype if params[0].grad is None else params[0].grad.dtype
         self._flat: list[bool] = []
 
-    def look(self, addresses: NDArray[np.int64]) -> int:
-        """Put where everything lies into `addresses`, and tell what is new."""
-        tensors = [_take(x, addresses[i]) for i, x in ((0, self.params), *enumerate(self.states, 2))]
+    def look(self, addresses: NDArray[np.int64], states: bool) -> int:
+        """Put where everything lies into `addresses`, and tell what is new; the states only if asked."""
+        rows = [(0, self.params), *(enumerate(self.states, 2) if states else ())]
+        tensors = [_take(x, addresses[i]) for i, x in rows]
         flat = list(map(Tensor.is_contiguous, self.params))
         same_layout, self._flat = flat == self._flat, flat
         grads = self._look_at_grads(addresses[1])
@@ -146,5 +151,7 @@ class NativeEyes(Eyes):
         self._look: Callable[..., int] = compiled.look
         self._kinds = np.zeros((2, len(params)), np.int64)
 
-    def look(self, addresses: NDArray[np.int64]) -> int:
-        return self._look(self.params, self.states, addresses, self._kinds)
+    def look(self, addresses: NDArray[np.int64], states: bool) -> int:
+        if states:
+            return self._look(self.params, self.states, addresses, self._kinds)
+        return self._look(self.params, [], addresses[:2], self._kinds)
