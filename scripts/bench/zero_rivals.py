@@ -115,8 +115,8 @@ def stage_2_in_backward(s: Setting) -> Iterations:
 def stage_2_float32_sums(s: Setting) -> Iterations:
     """Gradients summed over the ranks in float32, in the order of the ranks."""
     model, name = s.model(), f"{OURS}, float32 sums"
-    options = accepted(shard, reduce_dtype=torch.float32)
-    return {name: _ours(s, shard(_adam(model.parameters()), model, stage=2, **options), model, name)[name]}
+    opt = shard(_adam(model.parameters()), model, stage=2, reduce_dtype=torch.float32)
+    return {name: _ours(s, opt, model, name)[name]}
 
 
 def stage_1(s: Setting) -> Iterations:
