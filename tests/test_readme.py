@@ -1,4 +1,4 @@
-"""Every code block of the README and of the guide to checkpoints runs as it stands there, and prints what they claim."""
+"""Every code block of the README and of the guide to checkpoints runs as it stands there and prints what they claim."""
 
 from __future__ import annotations
 
