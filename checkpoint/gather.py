@@ -142,7 +142,8 @@ def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor, key: Any
     stored = state_key(name, key)
     if isinstance(value, tuple) and all(isinstance(piece, Piece) for piece in value):
         for piece in value:
-            _take_piece(snapshot, stored, piece.shape, piece.box, piece.data, where)
+            if not piece.copy:
+                _take_piece(snapshot, stored, piece.shape, piece.box, piece.data, where)
         return ["pieces"]
     if not isinstance(value, Tensor):
         return ["value", encode(value, where)]

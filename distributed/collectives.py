@@ -6,7 +6,7 @@ themselves (do we agree, which gradients exist) goes over Gloo on CPU memory: it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from .across import ThenAcross
 from .packing import own_part, unpack
 from .transport import GroupTransport, Transport, Work
 from .watch import Watch
@@ -81,10 +82,7 @@ class Reduction:
     def _add_up(self) -> None:
         """Sum what every rank has sent, in the order of the ranks: the result does not depend on who came first."""
         if self._received is not None:
-            by_rank = self._received.view(-1, self.mine.numel())
-            self.mine.copy_(by_rank[0])
-            for other in by_rank[1:]:
-                self.mine.add_(other)
+            add_in_order(self._received, self.mine)
             self._received = None
 
     def wait(self) -> None:
@@ -99,6 +97,14 @@ class Reduction:
         if self._received is None:
             return self.mine[start:stop].float()
         return self._received.view(-1, self.mine.numel())[:, start:stop].float().sum(0)
+
+
+def add_in_order(received: Tensor, total: Tensor) -> None:
+    """Sum what every rank has sent, one after the other in `received`, into `total` in the order of the ranks."""
+    by_rank = received.view(-1, total.numel())
+    total.copy_(by_rank[0])
+    for other in by_rank[1:]:
+        total.add_(other)
 
 
 class Reading:
@@ -142,6 +148,9 @@ class Ranks:
 
     `group` is None where no process group is initialised: one rank, and no method communicates. `control` moves CPU
     memory between the same ranks, `transport` buckets, and `watch` knows who did not come.
+
+    There may be several `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the ranks
+    that have the same part as this one, `control` reaches the ranks of all copies, and `beside` those of this one.
     """
 
     rank: int = 0
@@ -150,6 +159,9 @@ class Ranks:
     control: ProcessGroup | None = field(default=None, repr=False)
     transport: Transport = field(default_factory=lambda: GroupTransport(None), repr=False)
     watch: Watch = field(default_factory=lambda: Watch(0, 1, None), repr=False)
+    copies: int = 1
+    replicas: ProcessGroup | None = field(default=None, repr=False)
+    beside: ProcessGroup | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, group: ProcessGroup | None = None) -> Ranks:
@@ -167,12 +179,22 @@ class Ranks:
         if world_size == 1:
             return cls(0, 1, group)
         watch = Watch(rank, world_size, _store(group))
-        return cls(rank, world_size, group, _control_group(group), GroupTransport(group), watch)
+        return cls(rank, world_size, group, control_group(group), GroupTransport(group), watch)
 
     @property
     def alone(self) -> bool:
         """Whether there is nobody to talk to."""
-        return self.world_size == 1
+        return self.world_size == self.copies == 1
+
+    @property
+    def copy(self) -> int:
+        """Which of the copies this rank belongs to."""
+        return 0 if self.replicas is None else dist.get_rank(self.replicas)
+
+    @property
+    def total(self) -> int:
+        """The number of ranks of all copies, over which gradients are averaged."""
+        return self.world_size * self.copies
 
     def reaches(self, device: torch.device) -> bool:
         """Whether the group's backend moves tensors of `device`."""
@@ -185,7 +207,7 @@ class Ranks:
 
     def _group_for(self, tensor: Tensor) -> ProcessGroup | None:
         """The group that moves `tensor`: counts and buffers may be on the CPU beside a model on GPUs."""
-        return self.group if self.reaches(tensor.device) else self.control
+        return self.group if self.reaches(tensor.device) else self.beside or self.control
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite `tensor` with rank 0's."""
@@ -193,20 +215,27 @@ class Ranks:
             return
         data = tensor.detach()
         whole = data if data.is_contiguous() else data.contiguous()
-        dist.broadcast(whole, self._global(0), group=self._group_for(data))
+        if self.replicas is not None and not self.reaches(data.device):
+            assert self.control is not None
+            dist.broadcast(whole, dist.get_global_rank(self.control, 0), group=self.control)
+        else:
+            if self.replicas is not None:
+                dist.broadcast(whole, dist.get_global_rank(self.replicas, 0), group=self.replicas)
+            if self.world_size > 1:
+                dist.broadcast(whole, self._global(0), group=self._group_for(data))
         if whole is not data:
             data.copy_(whole)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
-        if not self.alone:
+        if self.world_size > 1:
             with self._talking("a sum of norms"):
                 dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def largest(self, tensor: Tensor) -> Tensor:
         """`tensor` maximised over the ranks, in place."""
-        if not self.alone:
+        if self.world_size > 1:
             with self._talking("a maximum of norms"):
                 dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
@@ -224,23 +253,31 @@ class Ranks:
             label: what to call it.
         """
         size = wire.sizes[self.rank]
-        if self.alone:
-            return Reduction(full if dtype is None else full.to(dtype))
+        waiting = partial(self.watch.waiting, label)
+        if self.world_size == 1:
+            mine = full if dtype is None else full.to(dtype)
+            return Reduction(mine, self._across(None, mine), waiting=waiting)
         mine = full.new_empty(size, dtype=dtype)
         self.watch.began(label)
-        waiting = partial(self.watch.waiting, label)
         if dtype is None and wire.even:
-            return Reduction(mine, self.transport.reduce_scatter(mine, full), waiting=waiting)
+            work = self.transport.reduce_scatter(mine, full)
+            return Reduction(mine, self._across(work, mine), waiting=waiting)
         received = full.new_empty(size * self.world_size)
         work = self.transport.all_to_all(received, full, [size] * self.world_size, wire.sizes)
-        return Reduction(mine, work, received, waiting)
+        if self.replicas is None:
+            return Reduction(mine, work, received, waiting)
+        return Reduction(mine, self._across(work, mine, partial(add_in_order, received, mine)), waiting=waiting)
+
+    def _across(self, work: Work | None, mine: Tensor, add_up: Callable[[], None] | None = None) -> Work | None:
+        """The reduction `work` and then that over the copies, where there are any."""
+        return work if self.replicas is None else ThenAcross(work, mine, add_up, self.replicas)
 
     def gather(self, wire: Wire, flat: Tensor, label: str = "a gather") -> Pending:
         """Fill the flat buffer `flat` of a bucket with the parts of their owners. One collective.
 
         What is not on the wire is left alone.
         """
-        if self.alone or not wire.numel:
+        if self.world_size == 1 or not wire.numel:
             return Pending()
         mine = own_part(wire, flat, self.rank)
         received = flat.new_empty(wire.numel) if wire.flat is None else flat[slice(*wire.flat)]
@@ -267,18 +304,23 @@ class Ranks:
         with self.watch.waiting(label):
             yield
 
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """Every rank's `thing`, in the order of the ranks."""
+    def gather_everywhere(self, thing: Any) -> list[Any]:
+        """Every rank's `thing`, in the order of the ranks, those of all copies one copy after the other."""
         if self.alone:
             return [thing]
-        things: list[Any] = [None] * self.world_size
+        things: list[Any] = [None] * self.total
         with self._talking():
             dist.all_gather_object(things, thing, group=self.control)
         return things
 
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """The `thing` of every rank of this copy, in the order of the ranks."""
+        first = self.copy * self.world_size
+        return self.gather_everywhere(thing)[first : first + self.world_size]
+
     def gather_parts(self, mine: Tensor, sizes: list[int], to: int) -> list[Tensor] | None:
         """The 1-d tensors of all ranks (`sizes[r]` elements on rank `r`) on rank `to`, None on the others."""
-        if self.alone:
+        if self.world_size == 1:
             return [mine]
         longest = max(sizes)
         if not longest:
@@ -315,11 +357,11 @@ def _store(group: ProcessGroup) -> Store | None:
     return PrefixStore(f"fastopt/{group.group_name}/{number}", store)
 
 
-def _control_group(group: ProcessGroup) -> ProcessGroup:
-    """A group of the same ranks that moves CPU memory: `group` itself where it can, else a Gloo group beside it."""
-    if "cpu" in _device_types(group):
+def control_group(group: ProcessGroup, members: Sequence[int] | None = None) -> ProcessGroup:
+    """A group of the ranks of `group`, or of `members`, that moves CPU memory: `group` if it can, else one of Gloo."""
+    if members is None and "cpu" in _device_types(group):
         return group
-    members = dist.get_process_group_ranks(group)
+    members = dist.get_process_group_ranks(group) if members is None else list(members)
     made = dist.new_group(members, backend="gloo", use_local_synchronization=True)
     assert isinstance(made, ProcessGroup)
     return made

@@ -80,12 +80,12 @@ def equal_everywhere(largest: Sequence[int]) -> bool:
 
 def disagree(ranks: Ranks, report: Report) -> NoReturn:
     """Raise what differs between the reports of the ranks, all of which must call this."""
-    compare(ranks.gather_objects(dict(report)))
+    compare(ranks.gather_everywhere(dict(report)))
 
 
 def agree_fully(ranks: Ranks, report: Report) -> None:
     """As `agree`, for set-up, where nothing is known of the other ranks yet: reports may differ in length."""
-    if not ranks.alone and len(set(ranks.gather_objects(digest(list(report.items()))))) > 1:
+    if not ranks.alone and len(set(ranks.gather_everywhere(digest(list(report.items()))))) > 1:
         disagree(ranks, report)
 
 

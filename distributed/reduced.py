@@ -306,7 +306,7 @@ class ReducedGradients:
         wire, _, reduction = self._in_flight.popleft()
         reduction.wait()
         part = Part(wire, self._ranks.rank, reduction.mine)
-        part.sums[: part.payload].div_(self._ranks.world_size)
+        part.sums[: part.payload].div_(self._ranks.total)
         earlier = self._parts.get(wire.bucket.index)
         if earlier is not None:
             part.add(earlier)

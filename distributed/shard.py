@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import cb_name, undeclared
@@ -17,6 +18,7 @@ from .collectives import Ranks
 from .consistency import agree_fully
 from .layout import BUCKET_BYTES, Kind, Layout, ParamSpec
 from .members import about_groups, specs_of
+from .meshes import seat
 from .sharded import ShardedOptimizer
 
 
@@ -24,7 +26,7 @@ def shard(
     opt: Optimizer,
     model: nn.Module,
     stage: int = 2,
-    group: dist.ProcessGroup | None = None,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
     *,
     layout: Kind | None = None,
     cost: Callable[[Tensor], float] | None = None,
@@ -44,7 +46,8 @@ def shard(
         stage: 1: gradients are averaged already when `step` is called, by DistributedDataParallel or by hand.
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
-        group: the ranks that take part, all by default.
+        group: the ranks that take part, all by default; or a mesh of one dimension, or of two for hybrid sharding: the
+            state is spread over the second dimension, and the first one holds copies.
         layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
@@ -59,7 +62,7 @@ def shard(
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
         TypeError, ValueError: on all ranks, something that cannot be sharded.
     """
-    ranks = Ranks.of(group)
+    ranks = seat(group)
     kind: Kind = "even"
     masters = False
     params: list[Tensor] = []

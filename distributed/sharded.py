@@ -338,7 +338,7 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _held(self, p: Tensor) -> Held:
         """How this rank holds the state of `p`."""
-        return Held(self.layout, self.rank, self._index[id(p)], p.device)
+        return Held(self.layout, self.rank, self._index[id(p)], p.device, self._ranks.copy)
 
     @property
     def _shaped(self) -> set[str]:

@@ -8,6 +8,7 @@ that the user has set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +27,13 @@ class Held:
         rank: whose view this is.
         param: the parameter's index.
         device: where it lives.
+        copy: which of several equal copies this is, in hybrid sharding.
     """
 
-    def __init__(self, layout: Layout, rank: int, param: int, device: torch.device) -> None:
+    def __init__(self, layout: Layout, rank: int, param: int, device: torch.device, copy: int = 0) -> None:
         self.spec = layout.params[param]
         self.device = device
+        self.copy = copy
         self.whole = layout.kind == "whole"
         self.interval = layout.interval(param, rank)
         self.owned = not self.whole or layout.owner(param) == rank
@@ -48,10 +51,11 @@ class Held:
     def show(self, value: Any) -> Any:
         """A held value as the state dict shows it: pieces of what is distributed, the rest as it is."""
         if self.is_cut(value):
-            return cut_interval(self.spec.name, self.spec.shape, *self.interval, value)
+            pieces = cut_interval(self.spec.name, self.spec.shape, *self.interval, value)
+            return tuple(replace(piece, copy=self.copy) for piece in pieces) if self.copy else pieces
         if self.whole and isinstance(value, Tensor) and value.ndim:
             shape = tuple(value.shape)
-            return (Piece(self.spec.name, shape, Box.whole(shape), value),)
+            return (Piece(self.spec.name, shape, Box.whole(shape), value, self.copy),)
         return value
 
     def take(self, key: str, value: Any, like_param: bool) -> Any:
@@ -101,6 +105,8 @@ def consolidate(
 ) -> dict[int, dict[str, Any]] | None:
     """A copy of the whole state by parameter index on rank `to`, None on the others. Collective, one tensor at a time.
 
+    In hybrid sharding the first copy's rank `to` gets it.
+
     Raises:
         RuntimeError: ranks have state of different parameters or under different keys.
     """
@@ -122,7 +128,7 @@ def consolidate(
             else:
                 value = part.value
             whole.setdefault(i, {})[key] = value
-    return whole if ranks.rank == to else None
+    return whole if ranks.rank == to and not ranks.copy else None
 
 
 class _Part(NamedTuple):

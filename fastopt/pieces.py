@@ -70,13 +70,15 @@ class Box:
 class Piece:
     """A box of the tensor that belongs to the parameter `name`, with the local data (`data.shape == box.shape`).
 
-    `shape` is the global shape of the tensor. A state of an optimizer is a tuple of pieces where it is sharded.
+    `shape` is the global shape of the tensor. A state of an optimizer is a tuple of pieces where it is sharded. Where
+    several processes hold the same box, `copy` counts them: a checkpoint is written from copy 0.
     """
 
     name: str
     shape: Shape
     box: Box
     data: Tensor
+    copy: int = 0
 
     def __post_init__(self) -> None:
         if not self.box.fits(self.shape):
