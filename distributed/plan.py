@@ -30,7 +30,7 @@ __all__ = ["Memory", "Plan", "StagePlan", "main", "plan", "plan_specs", "report"
 
 _EXAMPLE = """examples:
   # a 70-billion-parameter decoder in bfloat16 on 1024 ranks
-  python -m fastopt.distributed.plan --params 70e9 --ranks 1024 --dtype bfloat16
+  python -m fastopt.distributed.plan --params 70e9 --ranks 1024 --dtype bfloat16 --master-weights
   # a model of your own: a function of yours that builds it
   python -m fastopt.distributed.plan --model my_package.models:build --ranks 8 --optimizer Lamb --plot owners.png
 
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ranks", type=int, required=True, help="number of ranks")
     parser.add_argument("--optimizer", default="Adam", help="a class of fastopt, or of torch.optim (default: Adam)")
     parser.add_argument("--dtype", default="float32", help="of the parameters (default: float32; not with --model)")
+    parser.add_argument(
+        "--master-weights", action="store_true", help="keep a float32 copy of parameters of low precision in the state"
+    )
     parser.add_argument("--groups", type=int, default=1, help="parameter groups, by layers (default: 1; with --params)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), action="append", help="only this one; may be repeated")
     parser.add_argument("--layout", choices=("even", "whole"), help="default: what the optimizer needs")
@@ -91,7 +94,9 @@ def _plan(given: argparse.Namespace) -> Plan:
     def make(params: Any) -> Optimizer:
         if isinstance(model, Decoder) and given.groups > 1:
             params = model.groups(given.groups)
-        return _optimizer(given.optimizer)(params)
+        opt = _optimizer(given.optimizer)(params)
+        opt.master_weights = given.master_weights
+        return opt
 
     if given.groups > 1 and given.model:
         raise ValueError("--groups goes with --params; the groups of a model of your own are in plan(model, make=...)")

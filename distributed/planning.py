@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import run_eager
+from ..engine.master import add_masters
 from ..optimizer import Optimizer
 from ..optimizers import Adam
 from ..wrapper import OptimWrapper
@@ -218,6 +219,8 @@ def _state_bytes(opt: Optimizer) -> list[float]:
         work.append(opt.group_work(i, params, [{} for _ in params]))
     try:
         with torch.no_grad():
+            if opt.master_weights:
+                add_masters(work)
             run_eager(opt.cbs, work)
     except RuntimeError as error:
         raise ValueError(

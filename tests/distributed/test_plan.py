@@ -129,6 +129,9 @@ def test_states_come_from_the_chain_itself() -> None:
     assert bytes_of(lambda p: fastopt.SGD(p, lr=0.1)) == 0
     assert bytes_of(lambda p: fastopt.SGD(p, lr=0.1, mom=0.9)) == 4
     assert bytes_of(lambda p: fastopt.ranger(p)) == 12
+    low = two_layers().bfloat16()
+    assert plan(low, 2, lambda p: fastopt.Adam(p)).state_bytes[0] == 4
+    assert plan(low, 2, lambda p: fastopt.Adam(p, master_weights=True)).state_bytes[0] == 4 + 8
     torchs = plan(two_layers(), 2, lambda p: fastopt.OptimWrapper(p, opt=torch.optim.AdamW))
     assert torchs.state_bytes[0] == 8 + 4 / 128  # and a step count of four bytes
     assert torchs.layout.kind == "whole"

@@ -53,7 +53,7 @@ def close(got: Tensor, want: Tensor, what: str, looser: float = 1) -> None:
 def set_grads(opt: Optimizer, step: int) -> None:
     """The same whole gradient for a parameter, however it is placed."""
     for i, p in enumerate(members(opt)):
-        full = average(step, i, range(4), 4, torch.empty(p.shape))
+        full = average(step, i, range(4), 4, torch.empty(p.shape, dtype=p.dtype))
         p.grad = distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full
 
 
@@ -311,6 +311,29 @@ def round_trip(rank: int, world_size: int) -> None:
 
 def test_states_are_parts_and_are_shown_as_dtensors(ranks: Any) -> None:
     ranks(3).run(round_trip)
+
+
+def low_precision(rank: int, world_size: int) -> None:
+    mesh = init_device_mesh("cpu", (world_size,))
+    for name, make in {"adam": Adam, "lamb": Lamb}.items():
+        model, reference = Model(SHAPES, [torch.bfloat16]), Model(SHAPES, [torch.bfloat16])
+        fully_shard(model, mesh=mesh)
+        opt, plain = (make(m.param_groups(), lr=0.1, master_weights=True) for m in (model, reference))
+        for step in range(3):
+            for each in (opt, plain):
+                set_grads(each, step)
+                each.step()
+        for p, q in zip(members(opt), members(plain), strict=True):
+            master = opt.state[p]["master"]
+            assert (master.dtype, master.shape) == (torch.float32, p._local_tensor.shape)
+            close(whole(p).float(), q.detach().float(), name, 1000)
+            assert opt.state[p].keys() == plain.state[q].keys()
+        shown = opt.state_dict()["state"][0]["master"]
+        close(whole(shown), plain.state[members(plain)[0]]["master"], name)
+
+
+def test_master_weights_of_parts(ranks: Any) -> None:
+    ranks(2).run(low_precision)
 
 
 def wrapped(rank: int, world_size: int) -> None:
