@@ -352,7 +352,7 @@ class ReducedGradients:
 
     def _settle_alone(self, place: Place) -> None:
         self._problem = self._problem or self._agreement.misuse()
-        if not self._problem and (not self._rounds or self._waiting()):
+        if not self._problem and (not self._rounds or self._waiting(self._agreement.stepping())):
             self._open(place)
             self._close()
         self._agreement.active = self._agreement.stepping()
@@ -362,7 +362,7 @@ class ReducedGradients:
         agreement = self._agreement
         while True:
             if self._must_ask:
-                in_round, waiting, _ = agreement.ask(place, self._waiting(), self._problem)
+                in_round, waiting, _ = agreement.ask(place, self._waiting(agreement.stepping()), self._problem)
                 if not in_round and not waiting:
                     self._asking = False
                     return
@@ -373,7 +373,7 @@ class ReducedGradients:
             if agreement.stepping() != agreement.active:
                 self._change(place)
                 continue
-            if not self._rounds or self._waiting():
+            if not self._rounds or self._waiting(agreement.active):
                 self._open(place)
                 self._close()
             verdict = self._verdict()
@@ -389,9 +389,12 @@ class ReducedGradients:
         self._asking = self._asking or not verdict.same_hypers
         return not self._asking
 
-    def _waiting(self) -> bool:
-        """Whether there is something that no round has taken along: after passes under `no_sync()`, or by hand."""
-        return self._left_over or any(self._buffers.params[i].grad is not None for i in self._agreement.active)
+    def _waiting(self, active: Iterable[int]) -> bool:
+        """Whether there is something that no round has taken along: after passes under `no_sync()`, or by hand.
+
+        `active` is what the next round takes, which may not have been agreed on yet.
+        """
+        return self._left_over or any(self._buffers.params[i].grad is not None for i in active)
 
     def _present(self) -> list[int]:
         """The active parameters with a gradient on any rank; the flags are read only where some are missing here."""
