@@ -149,8 +149,8 @@ class Ranks:
     `group` is None where no process group is initialised: one rank, and no method communicates. `control` moves CPU
     memory between the same ranks, `transport` buckets, and `watch` knows who did not come.
 
-    There may be several `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the ranks
-    that have the same part as this one, `control` reaches the ranks of all copies, and `beside` those of this one.
+    There may be several `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the
+    ranks that have the same part as this one, `control` reaches the ranks of all copies, and `beside` those of this one.
     """
 
     rank: int = 0
