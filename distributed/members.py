@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..base import _BaseOptimizer
 from ..optimizer import Optimizer
+from ..parts import is_spread
 from .buckets import shared_memory
 from .collectives import Ranks
 from .layout import ParamSpec
@@ -74,7 +75,12 @@ def _check_param(name: str, p: Tensor, ranks: Ranks) -> None:
     """Refuse a parameter that has no flat memory to be cut or that the process group cannot move."""
     if p.device.type == "meta":
         raise ValueError(f"{name!r} is on the meta device: materialise the model before sharding")
-    if hasattr(p, "placements") or p.layout != torch.strided:
+    if is_spread(p):
+        raise ValueError(
+            f"{name!r} is a DTensor: an optimizer of fastopt takes it as it is, without shard(). To spread a tensor "
+            f"parallel model over data parallel ranks too, call fully_shard(model, mesh=mesh['dp'])"
+        )
+    if p.layout != torch.strided:
         raise ValueError(f"{name!r} is a {type(p).__name__} of layout {p.layout}: shard() takes plain dense parameters")
     if p.is_complex():
         raise ValueError(f"{name!r} is complex: keep its real view (torch.view_as_real) as the parameter")

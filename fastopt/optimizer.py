@@ -13,7 +13,7 @@ from .base import _BaseOptimizer, outside_compile, tensors_of
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values
-from .parts import Sharers, any_spread, grad_norm, part_work, run_parts, take
+from .parts import Parts, any_spread, grad_norm, part_work, take
 from .state import ParamState
 from .state_dict import load_state_dict, make_state_dict
 from .watched import Watch, Watched
@@ -224,8 +224,9 @@ class Optimizer(_BaseOptimizer):
             recorded: refuse to run anything as it is, see `Engine.run`.
         """
         if any_spread(work):
-            self._made_engines: dict[Sharers | None, Engine] = getattr(self, "_made_engines", {})
-            run_parts(self, work, self._made_engines)
+            if "_made_parts" not in self.__dict__:
+                self._made_parts = Parts()
+            self._made_parts.run(self, work)
         else:
             self.run_tensors(work, reduce, recorded=recorded)
 

@@ -12,6 +12,9 @@ sounds. A wrapped torch optimizer gets the DTensors themselves, with torch's own
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,46 +88,138 @@ def part_work(work: Sequence[GroupWork]) -> list[GroupWork]:
     return [GroupWork(w.index, w.group, w.hypers, list(map(part_of, w.params)), w.states) for w in work]
 
 
-def run_parts(opt: Optimizer, work: Sequence[GroupWork], engines: dict[Sharers | None, Engine]) -> None:
-    """Run the chain of `opt` on work with DTensors.
+@dataclass
+class _Group:
+    """The parameters of one group that have stepped, and what belongs to them; good while they stay the same.
 
-    Args:
-        opt: the optimizer.
-        work: parameters with gradients.
-        engines: one for each set of process groups that norms are added up over, and under None one for parameters
-            that are gathered; kept from step to step.
+    Attributes:
+        params, states: as in the work.
+        parts: of the parameters, plain ones included.
+        spread: those that are DTensors, with their parts and layouts.
     """
-    if any(hasattr(cb, "step_all") for cb in opt.cbs):  # a torch optimizer has its own ways with DTensors
-        opt.run_tensors(list(work))
-        return
-    for w in work:
+
+    params: list[Any]
+    states: list[dict[str, Any]]
+    parts: list[Tensor]
+    spread: list[Any]
+    spread_parts: list[Tensor]
+    specs: list[Any]
+
+    @classmethod
+    def of(cls, w: GroupWork) -> _Group:
+        """What is to be kept of `w`. Takes states over that somebody else has put there."""
         for p, state in zip(w.params, w.states, strict=True):
             _hold_parts(state, p)
-    grads = [[part_of_grad(p) for p in w.params] for w in work]
-    parts = part_work(work)
-    needs = opt.runner.needs(opt.cbs, parts)
-    if needs == "whole":
-        _run_gathered(opt, work, engines.setdefault(None, Engine("eager", opt.master_weights)))
-        return
-    for w, given in zip(parts, grads, strict=True):
-        for part, grad in zip(w.params, given, strict=True):
-            part.grad = grad
-    recorded = bool(undeclared(opt.cbs))
-    try:
-        if needs == "elementwise":
-            opt.run_tensors(parts, recorded=recorded)
+        spread: list[Any] = [p for p in w.params if is_spread(p)]
+        parts = list(map(part_of, w.params))
+        return cls(w.params, w.states, parts, spread, list(map(_local, spread)), list(map(_spec, spread)))
+
+    def fits(self, w: GroupWork) -> bool:
+        """Whether `w` has the same parameters with the same parts, and states that hold parts."""
+        return (
+            _same(w.params, self.params)
+            and _same(w.states, self.states)
+            and _same(list(map(_local, self.spread)), self.spread_parts)
+            and not any(map(_is_spread_type, set(map(type, chain.from_iterable(map(dict.values, self.states))))))
+        )
+
+    def grads(self) -> list[Tensor | None]:
+        """The parts of the gradients of DTensors, placed as their parameters are."""
+        grads = list(map(_grad, self.spread))
+        if set(map(type, grads)) == set(map(type, self.spread)):
+            parts = list(map(_local, grads))
+            if _same(list(map(_spec, grads)), self.specs) and set(map(type, parts)) == {Tensor}:
+                return parts
+        return list(map(part_of_grad, self.spread))
+
+
+_local, _spec, _grad = attrgetter("_local_tensor"), attrgetter("_spec"), attrgetter("grad")
+
+
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
+def _is_spread_type(kind: type) -> bool:
+    return kind is not Tensor and issubclass(kind, Tensor) and hasattr(kind, "device_mesh")
+
+
+class Parts:
+    """Runs the chain of one optimizer on DTensors, and keeps what stays the same from step to step.
+
+    Norms of parameters that different processes share are added up by engines of their own.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[int, _Group] = {}
+        self._engines: dict[Sharers | None, Engine] = {}
+        self._sharers: dict[int, list[tuple[Sharers, list[Tensor], list[dict[str, Any]]]]] = {}
+
+    def run(self, opt: Optimizer, work: Sequence[GroupWork]) -> None:
+        """Step the parameters of `work`, which have gradients."""
+        if any(hasattr(cb, "step_all") for cb in opt.cbs):  # a torch optimizer has its own ways with DTensors
+            opt.run_tensors(list(work))
             return
-        for sharers, some in _by_sharers(work, parts).items():
-            first = opt.runner if all(engine is not opt.runner for engine in engines.values()) else None
-            if sharers not in engines:
-                engines[sharers] = first or Engine(opt.runner.name, opt.master_weights)
-            engine = engines[sharers]
-            opt.run_tensors(some, _sum_over(sharers), recorded=recorded, engine=engine)
-    finally:
-        for w, whole in zip(parts, work, strict=True):
-            for part, p in zip(w.params, whole.params, strict=True):
-                if part is not p:
+        groups = [self._group(w) for w in work]
+        grads = [group.grads() for group in groups]
+        parts = [
+            GroupWork(w.index, w.group, w.hypers, group.parts, group.states)
+            for w, group in zip(work, groups, strict=True)
+        ]
+        needs = opt.runner.needs(opt.cbs, parts)
+        if needs == "whole":
+            _run_gathered(opt, work, self._engine(opt, None))
+            return
+        recorded = bool(undeclared(opt.cbs))
+        try:
+            for group, given in zip(groups, grads, strict=True):
+                for part, grad in zip(group.spread_parts, given, strict=True):
+                    part.grad = grad
+            if needs == "elementwise":
+                opt.run_tensors(parts, recorded=recorded)
+                return
+            for sharers, some in self._by_sharers(parts).items():
+                opt.run_tensors(some, _sum_over(sharers), recorded=recorded, engine=self._engine(opt, sharers))
+        finally:
+            for group in groups:
+                for part in group.spread_parts:
                     part.grad = None
+
+    def _group(self, w: GroupWork) -> _Group:
+        known = self._groups.get(w.index)
+        if known is None or not known.fits(w):
+            known = self._groups[w.index] = _Group.of(w)
+            self._sharers.pop(w.index, None)
+        return known
+
+    def _engine(self, opt: Optimizer, sharers: Sharers | None) -> Engine:
+        """The engine for parameters of these sharers; the optimizer's own for the first, one for gathered ones."""
+        if sharers not in self._engines:
+            first = sharers is not None and opt.runner not in self._engines.values()
+            name = opt.runner.name if sharers is not None else "eager"
+            self._engines[sharers] = opt.runner if first else Engine(name, opt.master_weights)
+        return self._engines[sharers]
+
+    def _by_sharers(self, parts: Sequence[GroupWork]) -> dict[Sharers, list[GroupWork]]:
+        """The work by the process groups that share the parameters. Alike on all processes of a mesh."""
+        found: dict[Sharers, list[GroupWork]] = {}
+        for w in parts:
+            if w.index not in self._sharers:
+                self._sharers[w.index] = _cut_by_sharers(self._groups[w.index])
+            for sharers, tensors, states in self._sharers[w.index]:
+                found.setdefault(sharers, []).append(GroupWork(w.index, w.group, w.hypers, tensors, states))
+        return found
+
+
+def _cut_by_sharers(group: _Group) -> list[tuple[Sharers, list[Tensor], list[dict[str, Any]]]]:
+    """Parts and states of a group for each set of process groups that share some of its parameters."""
+    found: dict[Sharers, tuple[list[Tensor], list[dict[str, Any]]]] = {}
+    for p, part, state in zip(group.params, group.parts, group.states, strict=True):
+        parts, states = found.setdefault(sharers_of(p), ([], []))
+        parts.append(part)
+        states.append(state)
+    return [(sharers, *lists) for sharers, lists in found.items()]
 
 
 def _run_gathered(opt: Optimizer, work: Sequence[GroupWork], engine: Engine) -> None:
@@ -157,21 +252,6 @@ def _cut(p: Any, entire: Tensor) -> Tensor:
 
     copies = DTensor.from_local(entire, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
     return copies.redistribute(p.device_mesh, p.placements).to_local()
-
-
-def _by_sharers(work: Sequence[GroupWork], parts: Sequence[GroupWork]) -> dict[Sharers, list[GroupWork]]:
-    """The work on parts, by the process groups that share the parameters. Alike on all processes of a mesh."""
-    found: dict[Sharers, list[GroupWork]] = {}
-    for whole, w in zip(work, parts, strict=True):
-        mine: dict[Sharers, GroupWork] = {}
-        for p, part, state in zip(whole.params, w.params, w.states, strict=True):
-            sharers = sharers_of(p)
-            if sharers not in mine:
-                mine[sharers] = GroupWork(w.index, w.group, w.hypers, [], [])
-                found.setdefault(sharers, []).append(mine[sharers])
-            mine[sharers].params.append(part)
-            mine[sharers].states.append(state)
-    return found
 
 
 def _sum_over(sharers: Sharers) -> Reduce | None:

@@ -1,413 +1,314 @@
-"""What users of other sharded optimizers have complained about, one test for each: here it is right.
+"""What users of other sharded optimizers have complained about, one test each; numbers are those of our list.
 
-The number of the thread stands in the name of the test. The references are one process with the averaged gradients.
+All on real ranks, against one process where there are numbers to compare.
 """
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import fastopt
-from fastopt.checkpoint import CheckpointError, load, save
 from fastopt.distributed import RanksDiffer, shard
-from fastopt.distributed.plan import plan
 
-from ..fastopt.test_parts import local_only
-from .muon import muon
-from .problems import Model, assert_same_run, average, feed, gradient, members, set_average
-from .test_wire import SHAPES, backward, counted
+from .problems import EVERY, Model, assert_same_run, average, feed, gradient, members, set_average
+from .test_wire import counted
 
-
-def pair(make: Any, dtype: torch.dtype = torch.float32, shapes: Any = None) -> tuple[Any, Any]:
-    """The same optimizer of the same model twice: sharded, and in one process."""
-    model, reference = (Model(shapes, [dtype]) if shapes else Model(dtypes=[dtype]) for _ in range(2))
-    return shard(make(model.param_groups()), model, bucket_bytes=100), make(reference.param_groups())
+WORLD = 3
 
 
-def both_step(opt: Any, plain: Any, step: int, rank: int, world_size: int) -> None:
-    feed(opt, 2, step, rank, world_size)
-    set_average(plain, step, world_size)
-    for each in (opt, plain):
-        each.step()
-        each.zero_grad(set_to_none=True)
+def body_and_head(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(5)
+    body = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7), nn.Tanh())
+    return nn.Sequential(body, nn.Linear(7, 3)).to(dtype)
 
 
-def frozen_for(rank: int, world_size: int, schedule: list[int], dtype: torch.dtype) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1), dtype)
-    for step, first in enumerate(schedule):
-        for each in (opt, plain):
-            each.freeze_to(first)
-        both_step(opt, plain, step, rank, world_size)
-    assert_same_run(opt, plain, f"frozen {schedule}")
+def groups(model: nn.Sequential) -> list[list[nn.Parameter]]:
+    return [list(part.parameters()) for part in model]
 
 
-def test_pytorch_186998_unfreezing_what_was_frozen_at_first_in_low_precision(ranks: Any) -> None:
-    ranks(2).run(frozen_for, [2, 2, 0, 0], torch.bfloat16)
+def batch(step: int, rank: int) -> Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(31 * step + rank))
 
 
-def test_deepspeed_1767_freezing_and_unfreezing_in_the_middle(ranks: Any) -> None:
-    ranks(2).run(frozen_for, [0, 0, 2, 2, 0, 1, 0], torch.float32)
+def backward(model: nn.Module, step: int, rank: int, scale: float = 1.0) -> None:
+    (model(batch(step, rank)).square().sum() * scale).backward()
 
 
-@pytest.mark.filterwarnings("ignore:Freezing 3 groups")
-def test_deepspeed_4055_a_group_in_which_nothing_trains(ranks: Any) -> None:
-    ranks(2).run(frozen_for, [3, 1, 3, 1], torch.float32)
+# ---- freezing
 
 
-def no_state(rank: int, world_size: int) -> None:
-    opt, _ = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    opt.freeze_to(2)
-    feed(opt, 2, 0, rank, world_size)
+def unfreezes_after_a_frozen_forward(rank: int, world_size: int) -> None:
+    """1: everything was frozen in the first forward pass, under autocast and with masters."""
+    model = body_and_head(torch.bfloat16)
+    opt = shard(fastopt.Adam(groups(model), lr=0.1), model, master_weights=True, reduce_dtype=torch.float32)
+    with pytest.warns(UserWarning, match="whole model is frozen"):
+        opt.freeze_to(2)
+    model(batch(0, rank).bfloat16())
     opt.step()
-    trained = {id(p) for p in opt.param_groups[2]["params"]}
-    assert {id(p) for p in opt.state if opt.state[p]} == trained
-    own = sum(
-        stop - start
-        for start, stop in (
-            opt.layout.interval(i, rank) for i in range(len(opt.layout.params) - 2, len(opt.layout.params))
-        )
-    )
-    assert opt.state_bytes() == 2 * 4 * own
-
-
-def test_deepspeed_2615_a_frozen_group_has_no_state(ranks: Any) -> None:
-    ranks(2).run(no_state)
-
-
-def frozen_state_is_saved(rank: int, world_size: int, url: str) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    both_step(opt, plain, 0, rank, world_size)
-    for each in (opt, plain):
-        each.freeze_to(2)
-    both_step(opt, plain, 1, rank, world_size)
-    save(url, step=2, model=opt.model, opt=opt)
-    again, _ = pair(lambda g: fastopt.Adam(g, lr=0.7))
-    load(url, model=again.model, opt=again)
-    assert [again.is_frozen(i) for i in range(3)] == [True, True, False]
-    assert [p.requires_grad for p in members(again)] == [p.requires_grad for p in members(opt)]
-    for each in (again, plain):
-        each.unfreeze()
-    both_step(again, plain, 2, rank, world_size)
-    assert_same_run(again, plain, "resumed")
-
-
-def test_pytorch_192202_the_state_of_frozen_parameters_is_saved(ranks: Any, tmp_path: Path) -> None:
-    ranks(2).run(frozen_state_is_saved, str(tmp_path))
-
-
-def resumed_as_it_was(rank: int, world_size: int, url: str) -> None:
-    """Built frozen, unfrozen, saved; the new run is built frozen again."""
-    opt, _ = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    opt.freeze()
     opt.unfreeze()
-    save(url, step=1, model=opt.model, opt=opt)
-    again, plain = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    again.freeze()
-    load(url, model=again.model, opt=again)
-    both_step(again, plain, 0, rank, world_size)
-    assert_same_run(again, plain, "everything trains")
-
-
-def test_lightning_21901_resuming_does_not_freeze_again(ranks: Any, tmp_path: Path) -> None:
-    ranks(2).run(resumed_as_it_was, str(tmp_path))
-
-
-def without_gradient(rank: int, world_size: int) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1, wd=0.1))
-    both_step(opt, plain, 0, rank, world_size)
-    opt.synchronize()
-    still = [p.detach().clone() for p in members(opt)]
-    moments = copy.deepcopy([dict(opt.state[p]) for p in members(opt)])
-    feed(opt, 2, 1, rank, world_size)
-    for i, p in enumerate(members(opt)):
-        if i % 2:
-            p.grad = None
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(batch(0, rank).bfloat16()).float().square().sum().backward()
     opt.step()
-    opt.synchronize()
-    for i, (p, before, state) in enumerate(zip(members(opt), still, moments, strict=True)):
-        if i % 2:
-            assert torch.equal(p, before)
-            assert all(torch.equal(torch.as_tensor(opt.state[p][k]), torch.as_tensor(v)) for k, v in state.items())
+    assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(opt.state[p]["master"].dtype == torch.float32 for p in model.parameters())
 
 
-def test_fairscale_605_a_parameter_without_a_gradient_does_not_move(ranks: Any) -> None:
-    ranks(2).run(without_gradient)
+def frozen_at_first(rank: int, world_size: int) -> None:
+    """2, 4, 6: a group frozen from the start trains once unfrozen, as in one process; until then it has no state."""
+    for name in ("adam", "ranger", "adamw"):
+        model, reference = Model(), Model()
+        opt, plain = shard(EVERY[name](model.param_groups()), model), EVERY[name](reference.param_groups())
+        for each in (opt, plain):
+            each.freeze_to(2)
+        for step in range(6):
+            if step == 3:
+                assert not any(opt.state.get(p) for group in opt.param_groups[:2] for p in group["params"])
+                for each in (opt, plain):
+                    each.unfreeze()
+            feed(opt, 2, step, rank, world_size)
+            set_average(plain, step, world_size)
+            opt.step()
+            plain.step()
+            opt.zero_grad(set_to_none=True)
+            plain.zero_grad(set_to_none=True)
+        assert_same_run(opt, plain, name)
+
+
+def frozen_in_the_middle(rank: int, world_size: int) -> None:
+    """5, 7: what is frozen later does not move, whatever its momentum or a gradient left over; its state comes back."""
+    model, reference = body_and_head(), body_and_head()
+    opt = shard(fastopt.Adam(groups(model), lr=0.05, wd=0.1), model, bucket_bytes=150)
+    plain = fastopt.Adam(groups(reference), lr=0.05, wd=0.1)
+    kept: list[Tensor] = []
+    for step in range(8):
+        if step in (2, 5):
+            for each in (opt, plain):
+                each.freeze_to(1) if step == 2 else each.unfreeze()
+            kept = [value.clone() for value in model[0].state_dict().values()]
+        if 2 <= step < 5:
+            for p in model[0].parameters():
+                p.grad = torch.ones_like(p)
+        backward(model, step, rank)
+        for each in range(world_size):
+            backward(reference, step, each, 1 / world_size)
+        opt.step()
+        plain.step()
+        opt.zero_grad(set_to_none=True)
+        plain.zero_grad(set_to_none=True)
+        if 2 <= step < 5:
+            assert all(map(torch.equal, kept, model[0].state_dict().values()))
+            assert len(opt.state_dict()["state"]) == 6
+    for p, q in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def groups_without_parameters(rank: int, world_size: int) -> None:
+    """3: a group of which nothing trains, an empty one, and parameters without elements."""
+    model = Model((((4, 3),), (), ((0, 2), (5,))))
+    opt = shard(fastopt.Adam(model.param_groups()), model)
+    for first in (1, 2, 0):
+        opt.freeze_to(first)
+        feed(opt, 2, first, rank, world_size)
+        opt.step()
+        opt.zero_grad()
+
+
+# ---- gradients
 
 
 def unused_on_one_rank(rank: int, world_size: int) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    for step in range(3):
+    """8: a parameter that one rank does not use counts as zero there; one that no rank uses is left alone."""
+    model, reference = Model(), Model()
+    opt, plain = shard(fastopt.Adam(model.param_groups()), model), fastopt.Adam(reference.param_groups())
+    for step in range(4):
         for i, (p, q) in enumerate(zip(members(opt), members(plain), strict=True)):
-            having = [r for r in range(world_size) if (i + r + step) % 2]
-            p.grad = gradient(step, i, rank, p.detach()) if rank in having else None
-            q.grad = average(step, i, having, world_size, q.detach()) if having else None
-        for each in (opt, plain):
-            each.step()
-            each.zero_grad(set_to_none=True)
+            who = [r for r in range(world_size) if (i + r + step) % 3 and i != 2]
+            q.grad = average(step, i, who, world_size, q.detach()) if who else None
+            p.grad = gradient(step, i, rank, p.detach()) if rank in who else None
+        opt.step()
+        plain.step()
+        opt.zero_grad(set_to_none=True)
     assert_same_run(opt, plain, "unused on one rank")
+    assert not opt.state.get(members(opt)[2])
 
 
-def test_pytorch_158719_a_parameter_that_one_rank_does_not_use(ranks: Any) -> None:
-    ranks(2).run(unused_on_one_rank)
-
-
-def saving_moves_nothing(rank: int, world_size: int, url: str) -> int:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    both_step(opt, plain, 0, rank, world_size)
-    opt.synchronize()
+def norm_of_the_whole(rank: int, world_size: int) -> None:
+    """18: one norm, of all ranks' averaged gradients, the same on every rank; what is stepped is clipped."""
+    model, reference = body_and_head(), body_and_head()
+    opt, plain = shard(fastopt.SGD(groups(model), lr=1.0), model), fastopt.SGD(groups(reference), lr=1.0)
+    backward(model, 0, rank)
+    for each in range(world_size):
+        backward(reference, 0, each, 1 / world_size)
     with counted() as calls:
-        save(url, step=1, model=opt.model, opt=opt)
-    names = {name for name, size in calls if size > 64}
-    assert names <= {"control", "all_gather_object", "gather_object", "broadcast_object_list"}, calls
-    shown = [
-        piece
-        for entry in opt.state_dict()["state"].values()
-        for v in entry.values()
-        if isinstance(v, tuple)
-        for piece in v
-    ]
-    return sum(piece.data.numel() for piece in shown)
-
-
-def test_pytorch_68181_saving_brings_no_state_together(ranks: Any, tmp_path: Path) -> None:
-    written = ranks(2).run(saving_moves_nothing, str(tmp_path))
-    assert sum(written) == 2 * sum(p.numel() for p in Model().parameters())  # megatron#659: nor is padding saved
-
-
-def other_world_size(rank: int, world_size: int, url: str, saving: bool) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    set_average(plain, 0, 2)
-    plain.step()
-    if saving:
-        feed(opt, 2, 0, rank, world_size)
-        opt.step()
-        save(url, step=1, model=opt.model, opt=opt)
-    else:
-        load(url, model=opt.model, opt=opt)
-        both_step(opt, plain, 1, rank, world_size)
-        assert_same_run(opt, plain, f"on {world_size} ranks")
-
-
-def test_pytorch_65650_and_megatron_659_resuming_on_other_numbers_of_ranks(ranks: Any, tmp_path: Path) -> None:
-    ranks(2).run(other_world_size, str(tmp_path), True)
-    ranks(3).run(other_world_size, str(tmp_path), False)
-
-
-def test_areal_1468_moments_are_not_dropped_in_silence(tmp_path: Path) -> None:
-    opt, _ = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    save(str(tmp_path), step=1, model=opt.model)
-    with pytest.raises(CheckpointError, match="holds no optimizer"):
-        load(str(tmp_path), model=opt.model, opt=opt)
-
-
-def groups_keep_their_hypers(rank: int, world_size: int) -> None:
-    opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1, mom=[0.8, 0.9, 0.95], wd=[0.0, 0.1, 0.2]))
-    both_step(opt, plain, 0, rank, world_size)
-    opt.consolidate_state_dict()
-    for each in (opt, opt.opt):
-        assert [group["betas"][0] for group in each.param_groups] == [0.8, 0.9, 0.95]
-    assert [group["weight_decay"] for group in opt.state_dict()["param_groups"]] == [0.0, 0.1, 0.2]
-    assert [group["lr"] for group in opt.param_groups] == [0.1, 0.1 / 2, 0.1 / 3]
-
-
-def test_pytorch_143828_groups_keep_their_hypers(ranks: Any) -> None:
-    ranks(2).run(groups_keep_their_hypers)
-
-
-def moved(rank: int, world_size: int, groups: int) -> list[str]:
-    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(60))
-    params = list(model.parameters())
-    size = len(params) // groups
-    cut = [params[i * size : (i + 1) * size] for i in range(groups)]
-    opt = shard(fastopt.Adam(cut, lr=slice(1e-3, 1e-1) if groups > 1 else 0.1), model)
-    feed(opt, 2, 0, rank, world_size)
+        norm = opt.clip_grad_norm_(0.1)
+    assert calls == [("all_reduce", 8)]
+    assert type(norm) is Tensor
+    torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(reference.parameters(), 0.1))
     opt.step()
-    feed(opt, 2, 1, rank, world_size)
-    with counted() as calls:
-        opt.step()
-        opt.synchronize()
-    return [name for name, _ in calls]
+    plain.step()
+    for p, q in zip(model.state_dict().values(), reference.state_dict().values(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
-def test_deepspeed_2125_many_groups_cost_what_one_costs(ranks: Any) -> None:
-    one = ranks(2).run(moved, 1)
-    assert one == ranks(2).run(moved, 120)
-    # deepspeed#5758: gradients are reduce-scattered and parameters gathered, as promised, and nothing else
-    assert set(one[0]) <= {"reduce_scatter", "all_gather", "control"}
-    assert {"reduce_scatter", "all_gather"} <= set(one[0])
-
-
-def test_pytorch_134191_dtensors_are_stepped_without_dispatch(ranks: Any) -> None:
-    ranks(2).run(local_only)
-
-
-def bytes_moved(rank: int, world_size: int) -> None:
-    model = Model(SHAPES)
-    opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model)
-    sizes: list[int] = []
-    for _ in range(2):
-        with counted() as calls:
-            backward(model)
-            opt.step()
-            opt.zero_grad()
-            opt.synchronize()
-        sizes = [n for name, n in calls if name in ("reduce_scatter", "all_gather")]
-        assert "all_reduce" not in {name for name, _ in calls}
-        assert "broadcast" not in {name for name, _ in calls}
-    # Every gradient and every parameter once, and the headers.
-    whole = 2 * 4 * sum(p.numel() for p in model.parameters())
-    assert whole <= sum(sizes) < whole + 4096
-
-
-def test_deepspeed_5758_no_all_reduce_where_a_reduce_scatter_is_promised(ranks: Any) -> None:
-    ranks(2).run(bytes_moved)
-
-
-def needs_more_than_slices(rank: int, world_size: int) -> None:
-    for name, make in {"lamb": lambda g: fastopt.Lamb(g, lr=0.1), "muon": muon}.items():
-        opt, plain = pair(make)
+def norms_of_layers(rank: int, world_size: int) -> None:
+    """17: LAMB's and LARC's norms are those of whole parameters, whichever ranks hold their slices."""
+    for name in ("lamb", "larc"):
+        model, reference = Model(), Model()
+        opt, plain = shard(EVERY[name](model.param_groups()), model), EVERY[name](reference.param_groups())
         for step in range(3):
-            both_step(opt, plain, step, rank, world_size)
-        assert_same_run(opt, plain, name, exact=name == "muon")
+            feed(opt, 2, step, rank, world_size)
+            set_average(plain, step, world_size)
+            opt.step()
+            plain.step()
+        assert_same_run(opt, plain, name, exact=False)
 
 
-def test_deepspeed_490_and_7807_lamb_and_muon_on_partitions(ranks: Any) -> None:
-    ranks(3).run(needs_more_than_slices)
+# ---- ranks that differ
 
 
-def one_norm(rank: int, world_size: int) -> None:
-    for norm_type in (2.0, 1.0, float("inf")):
-        # torch's own norm does not take parameters without elements
-        opt, plain = pair(lambda g: fastopt.Adam(g, lr=0.1), shapes=(((3, 5), (7,)), ((5,), (4, 6))))
-        feed(opt, 2, 0, rank, world_size)
-        set_average(plain, 0, world_size)
-        got = opt.clip_grad_norm_(0.1, norm_type)
-        want = nn.utils.clip_grad_norm_(members(plain), 0.1, norm_type)
-        assert type(got) is Tensor
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-        assert opt.clip_grad_norm_(1e9, norm_type).item() == pytest.approx(0.1, rel=1e-4)  # it has clipped
-        ours = plain.clip_grad_norm_(1e9, norm_type).item()
-        assert ours == pytest.approx(0.1, rel=1e-4)
-
-
-def test_llmc_524_and_pytorch_170862_the_norm_is_that_of_all_gradients(ranks: Any) -> None:
-    ranks(2).run(one_norm)
-
-
-def other_rate(rank: int, world_size: int) -> str:
-    opt, _ = pair(lambda g: fastopt.Adam(g, lr=0.1))
-    opt.set_hyper("lr", 0.1 if rank else 0.2)
-    feed(opt, 2, 0, rank, world_size)
+def hyper_from_local_progress(rank: int, world_size: int) -> str:
+    """19: a learning rate that one rank computes from its own data is an error on all ranks, before anything moves."""
+    model = body_and_head()
+    opt = shard(fastopt.Adam(groups(model), lr=0.1), model)
+    backward(model, 0, rank)
+    opt.step()
+    opt.zero_grad()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    opt.set_hyper("lr", [0.1, 0.2 if rank == 1 else 0.1])
+    backward(model, 1, rank)
     with pytest.raises(RanksDiffer) as caught:
         opt.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     return str(caught.value)
 
 
-def test_nanochat_857_a_rate_that_differs_between_ranks_is_an_error(ranks: Any) -> None:
-    for text in ranks(2).run(other_rate):
-        assert "hyper 'lr' of group 0: 0.2 on rank 0; 0.1 on rank 1" in text
-
-
-def other_order(rank: int, world_size: int) -> str:
-    model = Model()
-    groups = model.param_groups()
-    if rank:
-        groups = [groups[1], groups[0], groups[2]]
+def hyper_between_backward_and_step(rank: int, world_size: int) -> str:
+    """19: set after backward, which has told the others already, it is told with the next one."""
+    model = body_and_head()
+    opt = shard(fastopt.Adam(groups(model), lr=0.1), model)
+    for step in range(2):
+        backward(model, step, rank)
+        opt.set_hyper("lr", 0.1 / (step + 2))
+        opt.step()
+        opt.zero_grad()
+    backward(model, 2, rank)
+    opt.set_hyper("lr", 0.5 if rank == 2 else 0.3)
+    opt.step()
+    opt.set_hyper("lr", 0.3)
+    backward(model, 3, rank)
     with pytest.raises(RanksDiffer) as caught:
-        shard(fastopt.Adam(groups), model)
+        opt.step()
+    opt.step()
     return str(caught.value)
 
 
-def test_megatron_1515_an_order_of_groups_that_differs_is_an_error(ranks: Any) -> None:
-    for text in ranks(2).run(other_order):
-        assert "params[0] of group 0" in text
+def groups_in_another_order(rank: int, world_size: int) -> str:
+    """20: the same parameters in other groups, or in another order of the model."""
+    model = body_and_head()
+    order = groups(model)
+    with pytest.raises(RanksDiffer) as caught:
+        shard(fastopt.Adam(order[::-1] if rank == 2 else order), model)
+    return str(caught.value)
 
 
-class Tied(nn.Module):
-    """An embedding of 7 rows that is the output too: two and three ranks share it unevenly."""
+# ---- the rest
 
+
+def hypers_of_groups(rank: int, world_size: int) -> None:
+    """13: groups keep their hypers, and schedulers see all of them."""
+    model = body_and_head()
+    opt = shard(fastopt.Adam(groups(model), lr=[0.1, 0.2], mom=[0.8, 0.9]), model)
+    assert [group["betas"] for group in opt.param_groups] == [(0.8, 0.99), (0.9, 0.99)]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    backward(model, 0, rank)
+    opt.step()
+    scheduler.step()
+    assert [group["lr"] for group in opt.param_groups] == [0.05, 0.1]
+    assert [len(group["params"]) for group in opt.param_groups] == [4, 2]
+
+
+def plain_tensors(rank: int, world_size: int) -> None:
+    """15: the chain steps on plain tensors, and state is no more than slices of them."""
+    model = body_and_head()
+    opt = shard(fastopt.Adam(groups(model)), model)
+    backward(model, 0, rank)
+    opt.step()
+    values = [v for entry in opt.state.values() for v in entry.values() if isinstance(v, Tensor)]
+    assert values
+    assert all(type(v) is Tensor and v.ndim == 1 for v in values)
+
+
+class TiedAndUneven(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(1)
-        self.embed, self.out = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+        torch.manual_seed(6)
+        self.embed = nn.Embedding(7, 5)
+        self.out = nn.Linear(5, 7, bias=False)
         self.out.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.embed(x))
+        out: Tensor = self.out(self.embed(x))
+        return out
 
 
-def tied(rank: int, world_size: int) -> None:
-    model, reference = Tied(), Tied()
+def tied_and_uneven(rank: int, world_size: int) -> None:
+    """21: every row of a tied weight is updated, on the last rank too, where ranks do not divide the rows."""
+    model = TiedAndUneven()
+    before = model.embed.weight.detach().clone()
     opt = shard(fastopt.Adam(model.parameters(), lr=0.1), model)
-    plain = fastopt.Adam(reference.parameters(), lr=0.1)
-    x = torch.arange(7)
-    for _ in range(3):
-        for net, each in ((model, opt), (reference, plain)):
-            nn.functional.cross_entropy(net(x), x).backward()
-            each.step()
-            each.zero_grad()
-    opt.synchronize()
-    assert model.out.weight is model.embed.weight
-    torch.testing.assert_close(model.out.weight, reference.out.weight, rtol=1e-5, atol=1e-6)
-    assert len(opt.layout.params) == 1
-
-
-def test_pytorch_176076_tied_weights_and_uneven_shards(ranks: Any) -> None:
-    ranks(3).run(tied)
-
-
-def empty_parts(rank: int, world_size: int) -> None:
-    shapes = (((1,), (2,)), ((1,),))
-    opt, plain = pair(lambda g: fastopt.Lamb(g, lr=0.1), shapes=shapes)
-    for step in range(3):
-        both_step(opt, plain, step, rank, world_size)
-    assert_same_run(opt, plain, "fewer elements than ranks", exact=False)
-    feed(opt, 2, 3, rank, world_size)
-    members(opt)[0].grad.fill_(float("inf") if rank == 0 else 1.0)
-    assert not torch.isfinite(opt.clip_grad_norm_(1.0))  # on all ranks, those without elements too
-
-
-def test_fairscale_180_and_pytorch_99174_ranks_without_elements_and_inf_on_one(ranks: Any) -> None:
-    ranks(3).run(empty_parts)
-
-
-def uneven_global_shapes(rank: int, world_size: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 7)
-    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-    opt = fastopt.Lookahead(fastopt.Adam(model.parameters(), lr=0.1), k=1)
-    model(torch.ones(2, 4)).sum().backward()
+    model(torch.arange(7)).square().sum().backward()
     opt.step()
-    for i, shape in enumerate([(7, 4), (7,)]):
-        for key in ("grad_avg", "slow_weights"):
-            state = opt.state_dict()["state"][i][key]
-            assert state.shape == shape
-            assert state.full_tensor().shape == shape
+    opt.synchronize()
+    assert (model.embed.weight != before).any(1).all()
+    assert model.out.weight is model.embed.weight
 
 
-def test_miles_credit_416_states_of_uneven_shards_know_their_global_shape(ranks: Any) -> None:
-    ranks(3).run(uneven_global_shapes)
-
-
-def memory_and_setup(rank: int, world_size: int) -> None:
-    model = nn.ModuleList(nn.Linear(16, 16) for _ in range(50))
+def starting(rank: int, world_size: int) -> None:
+    """24: to begin with, each parameter is sent once, in as many collectives as there are buckets and buffers."""
+    model = Model(tuple(((16, 16),) for _ in range(50)))
     with counted() as calls:
-        opt = shard(fastopt.Adam(model.parameters(), lr=0.1), model)
-    # Set-up takes a few messages and one broadcast per bucket, not per parameter.
-    assert sum(name == "broadcast" for name, _ in calls) == len(opt.layout.buckets)
-    assert len(calls) <= len(opt.layout.buckets) + 6
-    one, two = plan(model, world_size, stages=[1, 2]).stages
-    assert two.memory.gradients <= one.memory.gradients // world_size + 64 * len(two.sizes)
-    assert two.memory.state == one.memory.state
+        opt = shard(fastopt.Adam(model.param_groups()), model, bucket_bytes=2**14)
+    sent = [n for name, n in calls if name == "broadcast"]
+    assert len(sent) == len(opt.layout.buckets)
+    assert sum(sent) <= 50 * (4 * 256 + 16 * world_size)
+    assert len(calls) - len(sent) <= 2
 
 
-def test_deepspeed_7677_and_1302_setting_up_is_cheap_and_stage_2_holds_less(ranks: Any) -> None:
-    ranks(2).run(memory_and_setup)
+CASES = {
+    "1_unfreezing_after_an_all_frozen_forward": unfreezes_after_a_frozen_forward,
+    "2_4_6_frozen_from_the_start_then_unfrozen": frozen_at_first,
+    "3_groups_without_trainable_parameters": groups_without_parameters,
+    "5_7_frozen_in_the_middle": frozen_in_the_middle,
+    "8_unused_on_one_rank": unused_on_one_rank,
+    "13_groups_keep_their_hypers": hypers_of_groups,
+    "15_plain_tensors": plain_tensors,
+    "17_norms_of_layers": norms_of_layers,
+    "18_the_norm_of_all_gradients": norm_of_the_whole,
+    "21_tied_and_uneven": tied_and_uneven,
+    "24_starting": starting,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_complaint(ranks: Any, name: str) -> None:
+    ranks(WORLD).run(CASES[name])
+
+
+def test_complaint_19_hypers_that_differ(ranks: Any) -> None:
+    told = ranks(WORLD).run(hyper_from_local_progress)
+    assert len(set(told)) == 1
+    assert "hyper 'lr' of group 1: 0.1 on ranks 0, 2; 0.2 on rank 1" in told[0]
+    told = ranks(WORLD).run(hyper_between_backward_and_step)
+    assert len(set(told)) == 1
+    assert "hyper 'lr' of group 0 in step 2: 0.3 on ranks 0, 1; 0.5 on rank 2" in told[0]
+
+
+def test_complaint_20_groups_in_another_order(ranks: Any) -> None:
+    told = ranks(WORLD).run(groups_in_another_order)
+    assert len(set(told)) == 1
+    assert "params[0] of group 0" in told[0]
+    assert "rank 2" in told[0]

@@ -58,12 +58,12 @@ def test_a_mesh_equals_one_process(ranks: Any, shape: tuple[int, ...]) -> None:
     ranks(4).run(same_as_one_process, shape, ["adam", "lamb", "muon"], timeout=120)
 
 
-def accumulated(rank: int, world_size: int, dtype: torch.dtype) -> None:
+def accumulated(rank: int, world_size: int, dtype: torch.dtype, reduce_dtype: torch.dtype | None = None) -> None:
     """Missing gradients on some ranks, two rounds: exact sums over all copies."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=MESH)
     model, reference = Model(dtypes=[dtype]), Model(dtypes=[dtype])
     opt, plain = (
-        shard(fastopt.SGD(model.parameters(), lr=0.5), model, group=mesh),
+        shard(fastopt.SGD(model.parameters(), lr=0.5), model, group=mesh, reduce_dtype=reduce_dtype),
         fastopt.SGD(reference.parameters(), lr=0.5),
     )
     for step in range(2):
@@ -80,6 +80,7 @@ def accumulated(rank: int, world_size: int, dtype: torch.dtype) -> None:
 def test_missing_gradients_count_as_zero_over_all_copies(ranks: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         ranks(4).run(accumulated, dtype)
+    ranks(4).run(accumulated, torch.bfloat16, torch.float32)
 
 
 def collectives(rank: int, world_size: int) -> None:

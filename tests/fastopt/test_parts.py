@@ -5,6 +5,7 @@ Gradients of the bit-for-bit tests are given, so that no sum over ranks blurs th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -311,6 +312,46 @@ def round_trip(rank: int, world_size: int) -> None:
 
 def test_states_are_parts_and_are_shown_as_dtensors(ranks: Any) -> None:
     ranks(3).run(round_trip)
+
+
+def changes_between_steps(rank: int, world_size: int) -> None:
+    """What is kept from step to step is looked at anew when it is no longer true."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    for make in (Adam, Lamb):
+        model, reference = Model(SHAPES), Model(SHAPES)
+        fully_shard(model, mesh=mesh)
+        opt, plain = make(model.param_groups(), lr=0.1), make(reference.param_groups(), lr=0.1)
+        other = copy.deepcopy(opt.state_dict())
+        for step in range(10):
+            for each in (opt, plain):
+                set_grads(each, step)
+                some = members(each)
+                if step == 2:
+                    some[1].grad = None
+                if step == 3:  # on another process group, as it were
+                    some[0].grad = as_copies(some[0].grad)
+                if step == 4:
+                    each.state[some[0]]["grad_avg"] = torch.ones_like(some[0].detach())
+                if step == 5:
+                    each.load_state_dict(each.state_dict())
+                if step == 6:
+                    each.state[some[2]] = {}
+                if step == 7:
+                    each.set_hyper("lr", slice(0.01, 0.2))
+                if step == 8:
+                    each.load_state_dict({**other, "param_groups": each.state_dict()["param_groups"]})
+                each.step()
+        for p, q in zip(members(opt), members(plain), strict=True):
+            close(whole(p), q.detach(), make.__name__)
+
+
+def as_copies(grad: Any) -> Any:
+    """The same gradient, whole on every rank."""
+    return grad.redistribute(grad.device_mesh, [Replicate()]) if isinstance(grad, DTensor) else grad
+
+
+def test_changes_between_steps(ranks: Any) -> None:
+    ranks(2).run(changes_between_steps)
 
 
 def low_precision(rank: int, world_size: int) -> None:
