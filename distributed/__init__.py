@@ -5,6 +5,7 @@ from .consistency import RanksDiffer
 from .layout import BUCKET_BYTES, Bucket, Entry, Layout, ParamSpec, Region
 from .shard import shard
 from .sharded import ShardedOptimizer
+from .watch import RanksMissing
 
 __all__ = [
     "BUCKET_BYTES",
@@ -14,6 +15,7 @@ __all__ = [
     "ParamSpec",
     "Ranks",
     "RanksDiffer",
+    "RanksMissing",
     "Region",
     "ShardedOptimizer",
     "shard",

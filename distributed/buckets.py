@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from .header import EXTRA
 from .layout import Bucket, Layout
+from .transport import GroupTransport, Transport
 from .wire import Wire, wire_of
 
 KEPT = 8
@@ -39,8 +39,9 @@ class Buffers:
     becomes a contiguous view. A collective on the buffer then reads and writes the parameters in place.
     """
 
-    def __init__(self, layout: Layout, rank: int, params: Sequence[Tensor]) -> None:
+    def __init__(self, layout: Layout, rank: int, params: Sequence[Tensor], transport: Transport | None = None) -> None:
         self.rank = rank
+        self._transport = transport or GroupTransport(None)
         self.layout = layout
         self.params: list[Tensor] = []
         self.buckets: list[FlatBucket] = []
@@ -62,7 +63,7 @@ class Buffers:
     def _make(self, bucket: Bucket) -> FlatBucket:
         """The buffer of `bucket`, with its parameters moved in."""
         members = [self.params[entry.param] for entry in bucket.entries]
-        flat = torch.zeros(bucket.numel, dtype=bucket.dtype, device=members[0].device)
+        flat = self._transport.empty(bucket.numel, members[0].detach()).zero_()
         for entry, p in zip(bucket.entries, members, strict=True):
             home = flat[entry.start : entry.stop]
             home.copy_(p.detach().reshape(-1))

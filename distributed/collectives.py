@@ -6,52 +6,56 @@ themselves (do we agree, which gradients exist) goes over Gloo on CPU memory: it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from .across import ThenAcross
 from .packing import own_part, unpack
+from .transport import GroupTransport, Transport, Work
+from .watch import Watch
 from .wire import Wire
 
 ProcessGroup = dist.ProcessGroup
 
-# PyTorch 2.13 has renamed both; 2.11 has the old names only.
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class Work(Protocol):
-    """A collective under way, as `torch.distributed` gives it."""
-
-    def wait(self) -> Any:
-        """Wait for it; on CUDA let the current stream wait."""
+# How many `Ranks` there have been of each group: the same on all its ranks.
+_made: dict[str, int] = {}
 
 
 class Pending:
     """A collective under way; `wait` returns when its result may be used (on CUDA: by what is enqueued next).
 
-    `then` is called once, when the collective is done, to bring the result to its place.
+    `then` is called once, when the collective is done, to bring the result to its place. `waiting` is entered around
+    waits.
     """
 
-    def __init__(self, works: Sequence[Work], then: Callable[[], None] | None = None) -> None:
-        self._works = works
+    def __init__(
+        self,
+        work: Work | None = None,
+        then: Callable[[], None] | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._work = work
         self._then = then
+        self.waiting = waiting
 
     def arrive(self) -> None:
         """Wait for what has been received, as it is."""
-        for work in self._works:
-            work.wait()
+        if self._work is not None:
+            with self.waiting():
+                self._work.wait()
 
     def wait(self) -> None:
         """Wait for all of it."""
         self.arrive()
-        self._works = ()
+        self._work = None
         then, self._then = self._then, None
         if then is not None:
             then()
@@ -64,10 +68,16 @@ class Reduction:
         mine: this rank's part of the sum, header included, once waited for.
     """
 
-    def __init__(self, mine: Tensor, works: Sequence[Work], received: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        mine: Tensor,
+        work: Work | None = None,
+        received: Tensor | None = None,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.mine = mine
         self._received = received
-        self._pending = Pending(works, self._add_up)
+        self._pending = Pending(work, self._add_up, waiting)
 
     def _add_up(self) -> None:
         """Sum what every rank has sent, in the order of the ranks: the result does not depend on who came first."""
@@ -120,7 +130,8 @@ class Reading:
             self._pending.arrive()
             self._host = self._numbers()
         else:
-            self._event.synchronize()
+            with self._pending.waiting():
+                self._event.synchronize()
         values: list[float] = self._host.tolist()
         return values
 
@@ -138,6 +149,7 @@ class Ranks:
     `group` is None where no process group is initialised: one rank, and no method communicates. There may be several
     `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the ranks that have the same
     part as this one, `control` reaches the ranks of all copies, and `beside` moves CPU memory inside this one.
+    `transport` moves buckets, and `watch` knows who did not come.
     """
 
     rank: int = 0
@@ -147,6 +159,13 @@ class Ranks:
     copies: int = 1
     replicas: ProcessGroup | None = field(default=None, repr=False)
     beside: ProcessGroup | None = field(default=None, repr=False)
+    transport: Transport = field(init=False, repr=False)
+    watch: Watch = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.transport = GroupTransport(self.group)
+        store = None if self.group is None or self.alone else _store(self.group)
+        self.watch = Watch(self.rank, self.world_size, store)
 
     @classmethod
     def of(cls, group: ProcessGroup | None = None) -> Ranks:
@@ -213,16 +232,20 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """`tensor` summed over the ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            with self._talking("a sum of norms"):
+                dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def largest(self, tensor: Tensor) -> Tensor:
         """`tensor` maximised over the ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+            with self._talking("a maximum of norms"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
-    def reduce(self, wire: Wire, full: Tensor, dtype: torch.dtype | None = None) -> Reduction:
+    def reduce(
+        self, wire: Wire, full: Tensor, dtype: torch.dtype | None = None, label: str = "a reduction"
+    ) -> Reduction:
         """Sum `full` `[wire.numel]` over the ranks; each gets its part. One collective.
 
         Args:
@@ -230,53 +253,68 @@ class Ranks:
             full: must live until the reduction has been waited for; its contents are undefined afterwards.
             dtype: of the sum, which is then made in the order of the ranks; None leaves the summing to the backend, if
                 all parts are equally long.
+            label: what to call it.
         """
         size = wire.sizes[self.rank]
+        if self.alone:
+            return Reduction(full if dtype is None else full.to(dtype))
+        self.watch.began(label)
+        waiting = partial(self.watch.waiting, label)
         if self.world_size == 1:
             mine = full if dtype is None else full.to(dtype)
-            return Reduction(mine, () if self.replicas is None else [ThenAcross(None, mine, None, self.replicas)])
+            return Reduction(mine, self._across(None, mine), waiting=waiting)
         mine = full.new_empty(size, dtype=dtype)
         if dtype is None and wire.even:
-            scattered: Work = _reduce_scatter(mine, full, group=self.group, async_op=True)
-            across = None if self.replicas is None else ThenAcross(scattered, mine, None, self.replicas)
-            return Reduction(mine, [across or scattered])
+            return Reduction(mine, self._across(self.transport.reduce_scatter(mine, full), mine), waiting=waiting)
         received = full.new_empty(size * self.world_size)
-        sizes = list(wire.sizes)
-        work = dist.all_to_all_single(received, full, [size] * self.world_size, sizes, group=self.group, async_op=True)
+        work = self.transport.all_to_all(received, full, [size] * self.world_size, wire.sizes)
         if self.replicas is None:
-            return Reduction(mine, [work], received)
-        return Reduction(mine, [ThenAcross(work, mine, partial(add_in_order, received, mine), self.replicas)])
+            return Reduction(mine, work, received, waiting)
+        return Reduction(mine, self._across(work, mine, partial(add_in_order, received, mine)), waiting=waiting)
 
-    def gather(self, wire: Wire, flat: Tensor) -> Pending:
+    def _across(self, work: Work | None, mine: Tensor, then: Callable[[], None] | None = None) -> Work | None:
+        """`work` and, where there are copies of these ranks, the sum of `mine` over them."""
+        return work if self.replicas is None else ThenAcross(work, mine, then, self.replicas)
+
+    def gather(self, wire: Wire, flat: Tensor, label: str = "a gather") -> Pending:
         """Fill the flat buffer `flat` of a bucket with the parts of their owners. One collective.
 
         What is not on the wire is left alone.
         """
         if self.world_size == 1 or not wire.numel:
-            return Pending(())
+            return Pending()
         mine = own_part(wire, flat, self.rank)
         received = flat.new_empty(wire.numel) if wire.flat is None else flat[slice(*wire.flat)]
         then = partial(unpack, wire, received, flat) if wire.flat is None else None
+        self.watch.began(label)
         if wire.even:
-            work = _all_gather(received, mine, group=self.group, async_op=True)
+            work = self.transport.all_gather(received, mine)
         else:
             sizes = [mine.numel()] * self.world_size
-            copies = mine.repeat(self.world_size)
-            work = dist.all_to_all_single(received, copies, list(wire.sizes), sizes, group=self.group, async_op=True)
-        return Pending([work], then)
+            work = self.transport.all_to_all(received, mine.repeat(self.world_size), wire.sizes, sizes)
+        return Pending(work, then, partial(self.watch.waiting, label))
 
     def largest_bytes(self, message: Tensor) -> Tensor:
         """The byte-wise maximum over the ranks of a uint8 CPU tensor, in place (the control message of a step)."""
         if not self.alone:
-            dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.control)
+            with self._talking():
+                dist.all_reduce(message, op=dist.ReduceOp.MAX, group=self.control)
         return message
+
+    @contextmanager
+    def _talking(self, label: str = "a message") -> Iterator[None]:
+        """Around a collective that is waited for at once."""
+        self.watch.began(label)
+        with self.watch.waiting(label):
+            yield
 
     def gather_everywhere(self, thing: Any) -> list[Any]:
         """Every rank's `thing`, in the order of the ranks, those of all copies one copy after the other."""
         if self.alone:
             return [thing]
         things: list[Any] = [None] * self.total
-        dist.all_gather_object(things, thing, group=self.control)
+        with self._talking():
+            dist.all_gather_object(things, thing, group=self.control)
         return things
 
     def gather_objects(self, thing: Any) -> list[Any]:
@@ -313,6 +351,16 @@ def _device_types(group: ProcessGroup | None) -> set[str]:
     """The device types that `group` has a backend for."""
     config = dist.get_backend_config(group)
     return {part.partition(":")[0] for part in config.split(",")}
+
+
+def _store(group: ProcessGroup) -> Store | None:
+    """A place in the store of the process group that is used by one `Ranks` of these ranks."""
+    try:
+        store = dist.distributed_c10d._get_default_store()
+    except (AttributeError, RuntimeError):  # a private name
+        return None
+    number = _made[group.group_name] = _made.get(group.group_name, 0) + 1
+    return PrefixStore(f"fastopt/{group.group_name}/{number}", store)
 
 
 def control_group(group: ProcessGroup, members: Sequence[int] | None = None) -> ProcessGroup:

@@ -70,7 +70,7 @@ class Gathering:
         for wire in self._buffers.gathering(params):
             flat = self._buffers.buckets[wire.bucket.index]
             with record_function(f"fastopt gather {flat.label}"):
-                self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat)
+                self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
         self._plan()
         self._wait(self._loose)
 

@@ -280,10 +280,10 @@ class ReducedGradients:
         while len(self._in_flight) >= IN_FLIGHT - 1:
             self._land()
         flags = [int(param in sources) for param in wire.params]
-        full = torch.empty(wire.numel, dtype=flat.flat.dtype, device=flat.flat.device)
+        full = self._ranks.transport.empty(wire.numel, flat.flat)
         with record_function(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, _on(full, flags + leading, wire.header))
-            reduction = self._ranks.reduce(wire, full, self._dtype)
+            reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
         self._in_flight.append((wire, full, reduction))
         return reduction
 

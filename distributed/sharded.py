@@ -65,7 +65,7 @@ class ShardedOptimizer(AroundOptimizer):
         self.model = model
         self.stage = stage
         self._ranks = ranks
-        self._buffers = Buffers(layout, ranks.rank, params)
+        self._buffers = Buffers(layout, ranks.rank, params, ranks.transport)
         self._agreement = Agreement(self, ranks, self._buffers)
         self._consolidated: dict[int, dict[str, Any]] | None = None
         self._index = {id(p): i for i, p in enumerate(params)}

@@ -29,9 +29,9 @@ def late_gathers() -> Iterator[None]:
     """Gathered parameters are NaN until they are waited for."""
     real = collectives.Ranks.gather
 
-    def late(self: collectives.Ranks, wire: Wire, flat: Tensor) -> collectives.Pending:
+    def late(self: collectives.Ranks, wire: Wire, flat: Tensor, label: str) -> collectives.Pending:
         arrived = flat.clone()
-        real(self, wire, arrived).wait()
+        real(self, wire, arrived, label).wait()
         places = [slice(e.start, e.stop) for e in wire.bucket.entries if e.param in wire.params]
         for place in places:
             flat[place] = float("nan")
@@ -40,7 +40,7 @@ def late_gathers() -> Iterator[None]:
             for place in places:
                 flat[place] = arrived[place]
 
-        return collectives.Pending((), then)
+        return collectives.Pending(then=then)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collectives.Ranks, "gather", late)

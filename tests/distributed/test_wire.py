@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.distributed import collectives, shard
+from fastopt.distributed import shard, transport
 
 from .problems import EVERY, Model, feed, members
 
 WATCHED = {
-    collectives: ("_reduce_scatter", "_all_gather"),
+    transport: ("_reduce_scatter", "_all_gather"),
     dist: (
         *("all_reduce", "reduce", "broadcast", "gather", "scatter", "all_gather", "all_gather_object", "all_to_all"),
         *("all_to_all_single", "gather_object", "broadcast_object_list", "send", "recv", "barrier", "reduce_scatter"),
