@@ -1,7 +1,11 @@
-"""Sixty steps of everything at once, through real backward passes, against one process: bit for bit."""
+"""Everything at once, through real forward and backward passes, against one process: bit for bit.
+
+Sixty steps by default, as many as `FASTOPT_STRESS_STEPS` says.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -13,26 +17,31 @@ from fastopt.distributed import shard
 
 from .problems import ELEMENTWISE, Model, assert_same_run, gradient, members
 
-STEPS = 60
+STEPS = int(os.environ.get("FASTOPT_STRESS_STEPS", "60"))
 
 
-def loss(params: list[Tensor], step: int, rank: int, used: list[bool]) -> Tensor | None:
-    """A loss whose gradient is exactly `gradient(step, i, rank)` for every parameter in use that trains."""
-    terms = [
-        (p * gradient(step, i, rank, p.detach())).sum() for i, p in enumerate(params) if used[i] and p.requires_grad
-    ]
-    return sum(terms[1:], terms[0]) if terms else None
+class Called(Model):
+    """A model that is called, so that parameters come back under its forward pass."""
+
+    def forward(self, step: int, rank: int, used: list[bool]) -> Tensor | None:
+        """A loss whose gradient is exactly `gradient(step, i, rank)` for every parameter in use that trains."""
+        terms = [
+            (p * gradient(step, i, rank, p.detach())).sum()
+            for i, p in enumerate(p for group in self.groups for p in group)
+            if used[i] and p.requires_grad
+        ]
+        return sum(terms[1:], terms[0]) if terms else None
 
 
 def reaches(params: list[Tensor], used: list[bool]) -> bool:
-    """Whether a backward pass of `loss` comes to any parameter that trains."""
+    """Whether a backward pass comes to any parameter that trains."""
     return any(u and p.requires_grad for u, p in zip(used, params, strict=True))
 
 
 def anything(rank: int, world_size: int, name: str, seed: int) -> None:
     """Random freezing, marks, rates and accumulation, alike on all ranks; gradients and whole passes that some lack."""
     rng = random.Random(seed)
-    model, reference = Model(), Model()
+    model, reference = Called(), Called()
     sharded = shard(ELEMENTWISE[name](model.param_groups()), model, bucket_bytes=rng.choice([60, 150, 2**20]))
     plain = ELEMENTWISE[name](reference.param_groups())
     count = len(members(plain))
@@ -55,11 +64,11 @@ def anything(rank: int, world_size: int, name: str, seed: int) -> None:
             number = step * 10 + part
             synced = part == passes - 1 or (anywhere and rng.random() < 0.3)
             for each in range(world_size):
-                whole = loss(members(plain), number, each, used[each])
+                whole = reference(number, each, used[each])
                 if whole is not None:
                     # Averages over a power of two are exact, whenever they are divided.
                     (whole / world_size).backward()
-            own = loss(members(sharded), number, rank, used[rank])
+            own = model(number, rank, used[rank])
             if own is not None and synced:
                 own.backward()
             elif own is not None:
@@ -68,6 +77,9 @@ def anything(rank: int, world_size: int, name: str, seed: int) -> None:
         if rng.random() < 0.1:
             sharded.zero_grad()
             plain.zero_grad()
+        if rng.random() < 0.2:
+            for opt in (sharded, plain):
+                opt.set_hyper("lr", rate / 2)  # after backward has told the others of another one
         sharded.step()
         plain.step()
         sharded.zero_grad()
@@ -77,5 +89,5 @@ def anything(rank: int, world_size: int, name: str, seed: int) -> None:
 
 @pytest.mark.parametrize(("world_size", "name"), [(2, "adam"), (2, "adamw"), (2, "ranger"), (4, "adam")])
 def test_anything(ranks: Any, world_size: int, name: str) -> None:
-    ranks(world_size).run(anything, name, 17 + world_size, timeout=100)
+    ranks(world_size).run(anything, name, 17 + world_size, timeout=100 + 2 * STEPS)
     assert torch.is_grad_enabled()
