@@ -64,13 +64,13 @@ def evaluate_columns(
     try:
         with np.errstate(divide="raise", invalid="raise", over="ignore", under="ignore"):
             found = evaluate(hypers, state)
+            table = np.empty((0 if found is None else len(found[0]), n_rows))
+            for slot, value in enumerate(() if found is None else found[0]):
+                table[slot] = value
     except (ArithmeticError, ValueError, TypeError):  # Python's numbers say what is wrong, row by row
         return None
     if found is None or any(isinstance(x, np.ndarray) and x.dtype != np.float64 for x in found[1].values()):
         return None
-    table = np.empty((len(found[0]), n_rows))
-    for slot, value in enumerate(found[0]):
-        table[slot] = value
     return table, found[1]
 
 

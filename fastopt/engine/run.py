@@ -149,7 +149,7 @@ class Engine:
         self._note(work, None, reason, refused)
         self.recorded = not refused
         if not refused:
-            self._steady = Steady(work, cohorts, set(self._used.values()) == {"triton"})
+            self._steady = Steady(work, cohorts, chain, set(self._used.values()) == {"triton"})
             if not self._steady.reusable:
                 self._steady = None
 
