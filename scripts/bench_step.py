@@ -85,7 +85,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Of everything that matters here."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numba", "llvmlite"):
+    for package in ("triton", "llvmlite"):
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     return found | rivals.versions()

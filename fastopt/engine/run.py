@@ -29,7 +29,10 @@ from .work import GroupWork, Reduce
 NOT_ADDITIVE = "a reduction that cannot be added up over processes"
 
 #: Why a chain that can be recorded runs `eager`.
-AS_IT_IS = "on the CPU a chain with norms is faster as it is than in blocks"
+AS_IT_IS = "on CPUs, where it is not compiled, a chain with norms or few operations is faster as it is than in blocks"
+
+#: Operations on tensors from which on blocks that stay in the cache are worth it.
+_MANY = 6
 
 
 class Engine:
@@ -279,6 +282,10 @@ def _reduces(cohort: Cohort) -> bool:
     return any(phase.reductions for phase in cohort.program.phases)
 
 
+def _operations(cohort: Cohort) -> int:
+    return sum(node.whole and node.op != "input" for node in cohort.program.nodes)
+
+
 def _is_plain(key: str, value: Any) -> bool:
     """Whether an entry of a group changes only by being replaced; its list of parameters is looked through."""
     return key in ("params", "param_names") or isinstance(value, bool | int | float | str | None | tuple)
@@ -290,12 +297,14 @@ def _only_kernels_replay(possible: bool) -> None:
 
 
 def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
-    """Whether a recorded chain is slower than its cbs: on the CPU in blocks, with a few operations per norm.
+    """Whether a recorded chain is slower than its cbs: on the CPU in blocks, with norms or hardly any operations.
 
     Depends on the chain and the devices alone, so that all processes of a sharded step decide alike.
     """
-    on_cpu = all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
-    return any(map(_reduces, cohorts)) and on_cpu and executor_of(cohorts, None) == "foreach"
+    if not cohorts or any(cohort.params[0].device.type != "cpu" for cohort in cohorts):
+        return False
+    in_blocks = executor_of(cohorts, None) == "foreach"
+    return in_blocks and (any(map(_reduces, cohorts)) or all(_operations(cohort) < _MANY for cohort in cohorts))
 
 
 def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:
