@@ -34,6 +34,9 @@ AS_IT_IS = "on CPUs, where it is not compiled, a chain with norms or few operati
 #: Operations on tensors from which on blocks that stay in the cache are worth it.
 _MANY = 6
 
+#: Steps as it is after which a chain is looked at again: its numbers may lead it elsewhere, as those of RAdam do.
+_AGAIN = 32
+
 
 class Engine:
     """Runs the chain of one optimizer.
@@ -53,6 +56,7 @@ class Engine:
         self._whole: Whole | None = None
         #: Whether everything in the last step was recorded, so that no cb has received a tensor of the state.
         self.recorded = False
+        self._as_it_is = 0  # how many more steps the chain runs as it is
 
     def run(
         self,
@@ -133,9 +137,15 @@ class Engine:
             return
         self._steady = self._whole = None
         self._add_masters(work)
+        if self._as_it_is and name is None and not recorded and launch and _on_cpu(work):
+            self._as_it_is -= 1
+            run_eager(cbs, work, reduce)
+            self._note(work, "eager", AS_IT_IS)
+            return
         cohorts, refused = make_cohorts(chain, work)
         _only_kernels_replay(launch or not refused)
         if name is None and not recorded and _better_as_it_is(cohorts):
+            self._as_it_is = _AGAIN
             run_eager(cbs, work, reduce)
             self._note(work, "eager", AS_IT_IS)
             return
@@ -253,7 +263,7 @@ class Engine:
             or any(a is not b for a, b in zip(self._chain.cbs, cbs, strict=True))
         ):
             self._chain = Chain(cbs)
-            self._steady = None
+            self._steady, self._as_it_is = None, 0
         if self._chain.refresh():
             self._steady = None
         return self._chain
@@ -280,6 +290,10 @@ def _only_recorded(recorded: bool, why: str) -> None:
 
 def _reduces(cohort: Cohort) -> bool:
     return any(phase.reductions for phase in cohort.program.phases)
+
+
+def _on_cpu(work: Sequence[GroupWork]) -> bool:
+    return all(p.device.type == "cpu" for group in work for p in group.params)
 
 
 def _operations(cohort: Cohort) -> int:
