@@ -31,7 +31,7 @@ class OptTarget:
 
     def __init__(self, manifest: Manifest, opt: Any, model: nn.Module | None, strict: bool = True) -> None:
         self.manifest, self.opt, self.strict = manifest, opt, strict
-        self.names = names_by_group(opt, model, _positions(manifest))
+        self.names = names_by_group(opt, model, has_positions(manifest))
         self.own_names = own_names(opt)
         self.params: list[Tensor] = [p for group in opt.param_groups for p in group["params"]]
         self.match = GroupMatch()
@@ -242,7 +242,7 @@ def _goes_along(param: Tensor, shape: Shape) -> bool:
     return sharded_tensor.is_one(param) and tuple(param.shape) == shape
 
 
-def _positions(manifest: Manifest) -> bool:
+def has_positions(manifest: Manifest) -> bool:
     """Whether the names in the checkpoint are mere positions, as of an optimizer without names."""
     part = manifest.opt
     return part is not None and all(name == str(i) for i, name in enumerate(part.params))

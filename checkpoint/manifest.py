@@ -294,21 +294,24 @@ def _boxes(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shar
 
 def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
     """Every run written out. A file holds one part of a tensor, so that there can be no more parts than files."""
-    columns: list[list[Any]] = [[], [], []]
-    parts = 0
+    files_of: list[int] = []
+    starts: list[int] = []
+    counts: list[int] = []
+    total = math.prod(shape)
     for row in rows:
         _need(len(row) in (3, 6), where, f"a part with {len(row)} fields")
-        file, start, count = (_int(n, where) for n in row[:3])
-        times, far, step = (_int(n, where) for n in (row[3:] or (1, 0, 0)))
-        parts += times
-        _need(times >= 1 and parts <= files, where, f"more parts than the {files} files")
+        if not all(type(n) is int and 0 <= n <= _LARGEST for n in row):
+            raise CheckpointError(f"{where}: a part is given in whole numbers, got {str(row)[:80]}")
+        file, start, count = row[:3]
+        times, far, step = row[3:] or (1, 0, 0)
+        _need(times >= 1 and len(files_of) + times <= files, where, f"more parts than the {files} files")
         _need(file + (times - 1) * far < files, where, "a part in a file that is not listed")
         last = start + (times - 1) * step
-        _need(last + count <= math.prod(shape), where, f"elements {last} to {last + count} are outside shape {shape}")
-        lane = np.arange(times, dtype=np.int64)
-        for column, numbers in zip(columns, (file + lane * far, start + lane * step, lane * 0 + count), strict=True):
-            column.append(numbers)
-    return Shards.intervals(shape, *(np.concatenate(column) if column else [] for column in columns))
+        _need(last + count <= total, where, f"elements {last} to {last + count} are outside shape {shape}")
+        files_of += [file + far * i for i in range(times)]
+        starts += [start + step * i for i in range(times)]
+        counts += [count] * times
+    return Shards.intervals(shape, files_of, starts, counts)
 
 
 def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:
