@@ -86,8 +86,16 @@ def _each(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return apply
 
 
+def _divide(x: Any, y: Any) -> Any:
+    """`x / y`, which is an error wherever Python says so: numpy finds that infinity by zero is infinity."""
+    if np.any(np.equal(y, 0)):
+        raise ZeroDivisionError
+    return x / y
+
+
 #: What the generated function calls where an operation on whole columns would differ from Python's.
 SCOPE: dict[str, Any] = {
+    "divide": _divide,
     "each_pow": _each(operator.pow),
     "each_floordiv": _each(operator.floordiv),
     "each_mod": _each(operator.mod),
