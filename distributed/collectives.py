@@ -150,7 +150,7 @@ class Ranks:
     memory between the same ranks, `transport` buckets, and `watch` knows who did not come.
 
     There may be several `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the
-    ranks that have the same part as this one, `control` reaches the ranks of all copies, and `beside` those of this one.
+    ranks that have the same part as this one, `control` reaches all copies, and `beside` the ranks of this one.
     """
 
     rank: int = 0
