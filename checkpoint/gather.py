@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,14 +171,18 @@ def boxes_of(opt: Any, param: Tensor, shape: Shape) -> list[Box]:
     return [Box.whole(shape)] if ask is None else list(ask(param, shape))
 
 
-def names_by_group(opt: Any, model: nn.Module | None) -> list[list[str]]:
+def names_by_group(opt: Any, model: nn.Module | None, positions: bool = False) -> list[list[str]]:
     """The names of the parameters of each group: the model's where it has them, else the optimizer's own.
 
-    Raises CheckpointError where a parameter has no name, or two have the same.
+    With `positions` the number of a parameter over all groups is its name if none has another. Raises CheckpointError
+    where a parameter has no name, or two have the same.
     """
     known = {} if model is None else {id(p): name for name, p in unwrap(model).named_parameters()}
     own = own_names(opt)
     names = [[known.get(id(p), own.get(id(p))) for p in group["params"]] for group in opt.param_groups]
+    if positions and not any(name for group in names for name in group):
+        numbers = itertools.count()
+        return [[str(next(numbers)) for _ in group] for group in names]
     nameless = [
         f"number {j} of group {i} (shape {tuple(opt.param_groups[i]['params'][j].shape)})"
         for i, group in enumerate(names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import xxhash
@@ -91,9 +92,10 @@ class _Reader:
         views: list[memoryview] = []
         later: list[tuple[Use, int, int, Tensor]] = []
         at = request.start
+        twice = any(a.stop > b.at for a, b in pairwise(request.uses))  # bytes that go to two places
         for use in request.uses:
             start, stop = max(at, use.at), min(request.stop, use.stop)
-            direct = self._place(use, start, stop) if start == max(request.start, use.at) else None
+            direct = None if twice else self._place(use, start, stop)
             if direct is None:
                 continue
             if start > at:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pieces import Box, Piece, cut_interval
+from ..pieces import Box, Flat, Piece, cut_interval
 from .collectives import Ranks
 from .layout import Layout
 
@@ -96,6 +96,8 @@ class Held:
                 f"{key!r} of {self.spec.name!r} (shape {self.spec.shape}): this rank holds the boxes {self._boxes}, "
                 f"but was given {[piece.box for piece in pieces]} of shape {[piece.shape for piece in pieces]}"
             )
+        if isinstance(pieces, Flat) and [piece.box for piece in pieces] == self._boxes:
+            return pieces.flat.to(self.device)
         parts = [given[box].data.reshape(-1).to(self.device) for box in self._boxes]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=self.spec.dtype, device=self.device)
 

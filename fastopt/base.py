@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from .hypers import (
     GroupsView,
@@ -42,6 +44,17 @@ class _BaseOptimizer(torch.optim.Optimizer):
     #: Attributes beside `defaults`, `state` and `param_groups` that deepcopy and pickle keep.
     _kept: ClassVar[tuple[str, ...]] = ("_freeze_to",)
     _freeze_to = 0
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch's wrapper of `step`, for its hooks and the profiler; gone through only where one of those is there."""
+        observed = torch.optim.Optimizer.profile_hook_step(func)
+
+        @functools.wraps(func)
+        def step(self: _BaseOptimizer, *args: Any, **kwargs: Any) -> Any:
+            return (observed if _is_observed(self) else func)(self, *args, **kwargs)
+
+        return step
 
     # ---- groups and hyper-parameters
 
@@ -276,6 +289,18 @@ class _BaseOptimizer(torch.optim.Optimizer):
             self.defaults.pop("differentiable", None)
         if not isinstance(self.state, ParamState):
             self.state = ParamState(self.state)
+
+
+def _is_observed(opt: Any) -> bool:
+    """Whether a profiler runs, or a hook of `step` is registered on `opt` or on all optimizers."""
+    return bool(
+        opt._optimizer_step_pre_hooks
+        or opt._optimizer_step_post_hooks
+        or torch_optimizer._global_optimizer_pre_hooks
+        or torch_optimizer._global_optimizer_post_hooks
+        or torch.autograd.profiler._is_profiler_enabled
+        or torch._C._autograd._profiler_enabled()
+    )
 
 
 def _is_collection(value: Any) -> bool:

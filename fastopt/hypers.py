@@ -80,19 +80,36 @@ class HyperNames:
         self.hp_map = dict(hp_map)
         self.spread_all = spread_all
         self._tuples = {stored.partition("__")[0] for stored in hp_map if "__" in stored}
+        self._plans: dict[tuple[str, ...], list[tuple[str, str, list[str] | None]]] = {}
 
     def hypers(self, group: Mapping[str, Any]) -> Group:
         """The hypers of a stored group, by their own names."""
         found: Group = {}
-        name_of = self.hp_map.get
-        for key, value in group.items():
-            if key in _BOOKKEEPING:
-                continue
-            if isinstance(value, list | tuple) and (self.spread_all or key in self._tuples):
-                found.update({name_of(k, k): v for k, v in detuplify_pg({key: value}).items()})
+        for key, name, items in self._plan(tuple(group)):
+            value = group[key]
+            if items is not None and isinstance(value, list | tuple):
+                names = items if len(items) == len(value) else self._item_names(key, len(value))
+                found.update(zip(names, value, strict=True))
             else:
-                found[name_of(key, key)] = value
+                found[name] = value
         return found
+
+    def _plan(self, keys: tuple[str, ...]) -> list[tuple[str, str, list[str] | None]]:
+        """For each hyper of a group with these keys: its key, its name, and the names of its items if it is spread."""
+        plan = self._plans.get(keys)
+        if plan is None:
+            plan = self._plans[keys] = [
+                (key, self.hp_map.get(key, key), self._item_names(key, 2) if self._is_spread(key) else None)
+                for key in keys
+                if key not in _BOOKKEEPING
+            ]
+        return plan
+
+    def _is_spread(self, key: str) -> bool:
+        return self.spread_all or key in self._tuples
+
+    def _item_names(self, key: str, n: int) -> list[str]:
+        return [self.hp_map.get(f"{key}__{i}", f"{key}__{i}") for i in range(n)]
 
     def stored_name(self, name: str, group: Mapping[str, Any]) -> str:
         """Where hyper `name` lives in `group`: `mom` -> `betas__0` or `momentum`; an unknown name is its own place."""

@@ -179,16 +179,23 @@ class Optimizer(_BaseOptimizer):
     @torch.no_grad()
     def _step_groups(self) -> None:
         """Step everything that has a gradient and is not frozen."""
-        if not self._repeat(launch=True):
-            work = list(self._work())
-            self.run(work)
-            if not any_spread(work):
-                self.runner.expect(self.param_groups, cast(ParamState, self.state), list(self._idle()))
+        if self._repeat(launch=True):
+            return
+        state = cast(ParamState, self.state)
+        reads = state.reads
+        work = list(self._work())
+        self.run(work)
+        if not any_spread(work):
+            self.runner.expect(self.param_groups, state, list(self._idle()))
+            state.own_reads += (state.reads - reads) * self.runner.recorded
 
     def _repeat(self, launch: bool) -> bool:
         """Make a step that is like the last one, with kernels or without; tells whether it was made."""
         state = cast(ParamState, self.state)
-        return self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, launch)
+        reads = state.reads
+        made = self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, launch)
+        state.own_reads += state.reads - reads  # no cb was called
+        return made
 
     def _work(self) -> Iterator[GroupWork]:
         """The groups with the parameters that step now."""

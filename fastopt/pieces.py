@@ -7,6 +7,7 @@ a box together with the local data is a piece. Everything here is pure: no proce
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -86,6 +87,17 @@ class Piece:
         got = tuple(self.data.shape)
         if got != self.box.shape:
             raise ValueError(f"the piece of {self.name!r} has a box of shape {self.box.shape} and data of shape {got}")
+
+
+class Flat(tuple[Piece, ...]):
+    """Pieces whose data are views, one after the other, of `flat` `[n]`, which whoever is given them may keep."""
+
+    flat: Tensor
+
+    def __new__(cls, pieces: Iterable[Piece], flat: Tensor) -> Flat:
+        made = super().__new__(cls, pieces)
+        made.flat = flat
+        return made
 
 
 def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box]:

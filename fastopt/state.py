@@ -30,6 +30,8 @@ class ParamState(defaultdict[Any, Any]):
         #: Counts the changes of the entries and of which parameter has which.
         self.changes = 0
         self._deferred: dict[Any, Callable[[], None]] = {}
+        #: Counts the reads of entries, and those of them after which nobody but the engine has what was read.
+        self.reads = self.own_reads = 0
         self.update(entries)
 
     @classmethod
@@ -43,6 +45,11 @@ class ParamState(defaultdict[Any, Any]):
     def defer(self, key: Any, write: Callable[[], None]) -> None:
         """Call `write` before an entry is read or written the next time, instead of what was deferred under `key`."""
         self._deferred[key] = write
+
+    @property
+    def handed_out(self) -> bool:
+        """Whether somebody may hold a tensor of an entry, and could change where it lies without a trace here."""
+        return self.reads != self.own_reads
 
     def settle(self) -> None:
         """Write what was deferred."""
@@ -117,15 +124,17 @@ class Entry(Watched):
         owner.changes += 1
 
 
-def _settle(entry: Entry) -> None:
-    entry.owner.settle()
+def _before_reading(entry: Entry) -> None:
+    owner = entry.owner
+    owner.reads += 1
+    owner.settle()
 
 
 # Whatever reads a value; the iterator is among them because C code copies a dict with an iterator of its own this way.
 for _name in (
     "__getitem__", "__iter__", "__eq__", "__ne__", "__or__", "__ror__", "__repr__", "get", "items", "values", "copy"
 ):  # fmt: skip
-    setattr(Entry, _name, settled(getattr(dict, _name), _settle))
+    setattr(Entry, _name, settled(getattr(dict, _name), _before_reading))
 
 
 def flags_of(entry: Mapping[str, Any]) -> dict[str, Any]:

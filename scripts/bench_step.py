@@ -40,6 +40,8 @@ DEFAULT_MODELS = {
     "cuda": "llama-1.3b,resnet-50,vit-b,small-1000,mixed-10000",
     "cpu": "mlp-23m,small-1000,mixed-10000",
 }
+FIRST_RULES = ("Adam", "Lamb", "ranger", "user")
+"""Whose first step is timed in fresh processes: elementwise, with norms, with steps that differ, and a user's own."""
 
 
 def arguments() -> argparse.Namespace:
@@ -83,7 +85,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Of everything that matters here."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numba"):
+    for package in ("triton", "numba", "llvmlite"):
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     return found | rivals.versions()
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> Result:
         rows = measure(model, n_groups, rule, clock, settings, result.notes)
         result.rows += rows
         print("\n".join(results.lines(rows)), flush=True)
-        if model == first and n_groups == 1 and not args.no_first:
+        if model == first and n_groups == 1 and rule in FIRST_RULES and not args.no_first:
             result.first.append(first_step(model, rule, args.device))
         if args.out:
             results.write(result, args.out)

@@ -1,4 +1,4 @@
-"""Every code block of the README runs as it stands there; what it prints says what the text claims."""
+"""Every code block of the README and of the guide to checkpoints runs as it stands there and prints what they claim."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from .checkpoint.s3_server import BUCKET, S3Server
 from .commands import ROOT, run_command, torchrun
 
 _BLOCK = re.compile(r"^```python(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -21,6 +22,7 @@ sys.stdout.flush()
 os._exit(0)
 """
 ON_RANKS = [code for kind, code in BLOCKS if kind == "torchrun"]
+GUIDE = [m["code"] for m in _BLOCK.finditer((ROOT / "docs" / "checkpoints.md").read_text())]
 
 
 def on_ranks(code: str, ranks: int, folder: Path) -> str:
@@ -56,3 +58,21 @@ def test_save_and_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
     for ranks, steps in [(2, "1 to 10"), (3, "11 to 20"), (1, "21 to 30")]:
         printed = on_ranks(code, ranks, tmp_path)
         assert [f"rank {r} of {ranks}: steps {steps}" in printed for r in range(ranks)] == [True] * ranks, printed
+
+
+def test_save_and_resume_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with S3Server() as server:
+        for name, value in server.env.items():
+            monkeypatch.setenv(name, value)
+        code = ON_RANKS[1].replace("URL", repr(f"s3://{BUCKET}/run"))
+        for ranks, steps in [(2, "1 to 10"), (1, "11 to 20")]:
+            printed = on_ranks(code, ranks, tmp_path)
+            assert f"rank 0 of {ranks}: steps {steps}" in printed, printed
+
+
+def test_the_guide_saves_in_the_background_and_resumes(tmp_path: Path) -> None:
+    (code,) = GUIDE
+    code = code.replace("URL", repr(str(tmp_path / "run")))
+    for ranks, steps in [(2, "1 to 10"), (1, "11 to 20")]:
+        assert f"rank 0: steps {steps}" in on_ranks(code, ranks, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [f"step-000000{n}" for n in (10, 15, 20)]

@@ -31,52 +31,62 @@ Found look(const at::Tensor& x, int64_t& address, int64_t& kind) {
   return found;
 }
 
-// Most of the time goes into waiting for memory: ask for the tensors that come next.
-void fetch_ahead(PyObject* list, Py_ssize_t i, Py_ssize_t n) {
-  if (i + 16 < n) __builtin_prefetch(PyList_GET_ITEM(list, i + 16));
-  if (i + 8 >= n) return;
-  PyObject* item = PyList_GET_ITEM(list, i + 8);
-  if (!THPVariable_CheckExact(item)) return;
-  const char* impl = reinterpret_cast<const char*>(THPVariable_Unpack(item).unsafeGetTensorImpl());
-  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) __builtin_prefetch(impl + line);
-}
+constexpr Py_ssize_t AHEAD = 8;
 
-// Calls `each(tensor, address, kind)` for the arguments (list of tensors, int64 addresses, int64 kinds).
-template <typename Each>
-PyObject* over(PyObject* args, Each each) {
-  PyObject* list;
-  Py_buffer addresses, kinds;
-  if (!PyArg_ParseTuple(args, "O!w*w*", &PyList_Type, &list, &addresses, &kinds)) return nullptr;
+// Most of the time goes into waiting for memory: ask for the tensor that comes next but a few.
+void fetch(PyObject* list, Py_ssize_t i) {
   const Py_ssize_t n = PyList_GET_SIZE(list);
-  const Py_ssize_t bytes = n * static_cast<Py_ssize_t>(sizeof(int64_t));
-  int found = SAME;
-  bool fine = addresses.len == bytes && kinds.len == bytes;
-  auto* address = static_cast<int64_t*>(addresses.buf);
-  auto* kind = static_cast<int64_t*>(kinds.buf);
-  for (Py_ssize_t i = 0; fine && i < n; i++) {
-    fetch_ahead(list, i, n);
-    PyObject* item = PyList_GET_ITEM(list, i);
-    fine = THPVariable_Check(item);
-    if (fine) found = std::max<int>(found, each(THPVariable_Unpack(item), address[i], kind[i]));
-  }
-  PyBuffer_Release(&addresses);
-  PyBuffer_Release(&kinds);
-  if (!fine) {
-    PyErr_SetString(PyExc_TypeError, "expected a list of tensors and an int64 for each in both tables");
-    return nullptr;
-  }
-  return PyLong_FromLong(found);
+  if (i + 2 * AHEAD < n) __builtin_prefetch(PyList_GET_ITEM(list, i + 2 * AHEAD));
+  if (i + AHEAD >= n || !THPVariable_CheckExact(PyList_GET_ITEM(list, i + AHEAD))) return;
+  const auto* impl = THPVariable_Unpack(PyList_GET_ITEM(list, i + AHEAD)).unsafeGetTensorImpl();
+  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(impl) + line);
 }
 
-PyObject* tensors(PyObject*, PyObject* args) {
-  HANDLE_TH_ERRORS
-  return over(args, look);
-  END_HANDLE_TH_ERRORS
+// An int64 array that belongs to Python.
+struct Array {
+  explicit Array(PyObject* object) {
+    if (PyObject_GetBuffer(object, &buffer, PyBUF_WRITABLE | PyBUF_C_CONTIGUOUS)) throw python_error();
+  }
+  ~Array() { PyBuffer_Release(&buffer); }
+  int64_t* data() const { return static_cast<int64_t*>(buffer.buf); }
+  Py_ssize_t size() const { return buffer.len / static_cast<Py_ssize_t>(sizeof(int64_t)); }
+  Py_buffer buffer{};
+};
+
+const at::Tensor& tensor(PyObject* list, Py_ssize_t i) {
+  PyObject* item = PyList_GET_ITEM(list, i);
+  TORCH_CHECK_TYPE(THPVariable_Check(item), "expected lists of tensors");
+  return THPVariable_Unpack(item);
 }
 
-PyObject* gradients(PyObject*, PyObject* args) {
+// look(params, states, addresses [2 + n_states, n], kinds [2, n]): the rows are parameters, gradients and states.
+PyObject* look_at(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   HANDLE_TH_ERRORS
-  return over(args, [](const at::Tensor& p, int64_t& address, int64_t& kind) { return look(p.grad(), address, kind); });
+  TORCH_CHECK_TYPE(n_args == 4 && PyList_Check(args[0]) && PyList_Check(args[1]), "expected (list, list, array, array)");
+  PyObject *params = args[0], *states = args[1];
+  const Array addresses(args[2]), kinds(args[3]);
+  const Py_ssize_t n = PyList_GET_SIZE(params), n_states = PyList_GET_SIZE(states);
+  TORCH_CHECK_TYPE(addresses.size() == (2 + n_states) * n && kinds.size() == 2 * n, "arrays of another size");
+  int of_params = SAME, of_grads = SAME, of_states = SAME;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    fetch(params, i);
+    const at::Tensor& p = tensor(params, i);
+    of_params = std::max<int>(of_params, look(p, addresses.data()[i], kinds.data()[i]));
+    of_grads = std::max<int>(of_grads, look(p.grad(), addresses.data()[n + i], kinds.data()[n + i]));
+  }
+  for (Py_ssize_t k = 0; k < n_states; k++) {
+    PyObject* state = PyList_GET_ITEM(states, k);
+    TORCH_CHECK_TYPE(PyList_Check(state) && PyList_GET_SIZE(state) == n, "a state needs a tensor for each parameter");
+    int64_t* known = addresses.data() + (2 + k) * n;
+    for (Py_ssize_t i = 0; i < n; i++) {
+      fetch(state, i);
+      const auto now = reinterpret_cast<int64_t>(tensor(state, i).const_data_ptr());
+      if (known[i] != now) of_states = MOVED;
+      known[i] = now;
+    }
+  }
+  return PyLong_FromLong(of_params || of_states ? OTHER : of_grads);
   END_HANDLE_TH_ERRORS
 }
 
@@ -98,8 +108,8 @@ PyObject* same_members(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"tensors", tensors, METH_VARARGS, "What is new about the tensors of a list: 0 nothing, 1 moved, 2 another kind."},
-    {"gradients", gradients, METH_VARARGS, "The same for the gradients of a list of tensors."},
+    {"look", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(look_at)), METH_FASTCALL,
+     "What is new about tensors: 0 nothing, 1 gradients lie elsewhere, 2 anything else."},
     {"same_members", same_members, METH_VARARGS, "Whether lists have, one after the other, the members of one list."},
     {nullptr, nullptr, 0, nullptr}};
 

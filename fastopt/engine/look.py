@@ -48,86 +48,80 @@ class Looked:
     """
 
     def __init__(self, params: Sequence[Tensor], states: Mapping[str, list[Tensor]]) -> None:
-        self.params = list(params)
-        self.states = dict(states)
+        self.params, self.states = list(params), list(states.values())
         self.places = {place: i for i, place in enumerate((PARAM, GRAD, *states))}
         self.addresses = np.zeros((len(self.places), len(self.params)), np.int64)
         self.version = 0
-        self._eyes = _Eyes(self.params)
-        self._look()
         self._steps = 0
+        self.use(Eyes(self.params, self.states))
+
+    def use(self, eyes: Eyes) -> None:
+        """Look with these from now on."""
+        self._eyes = eyes
+        eyes.look(self.addresses, states=True)
 
     def at(self, place: str) -> NDArray[np.int64] | None:
         """The addresses of the tensors at a place, None if it was not looked at."""
         row = self.places.get(place)
         return None if row is None else self.addresses[row]
 
-    def again(self) -> bool:
-        """Look again: whether all is as it was but for gradients that are elsewhere and otherwise like the last."""
-        self._better_eyes()
-        found = self._look()
-        self.version += any(found)
-        return found[1] != OTHER and not any(found[:1] + found[2:])
+    def again(self, states: bool = True) -> bool:
+        """Look again: whether all is as it was but for gradients that are elsewhere and otherwise like the last.
 
-    def _look(self) -> list[int]:
-        """What is new, by place."""
-        tensors = [self._eyes.tensors(x, self.addresses[i]) for i, x in self._rows()]
-        return [tensors[0], self._eyes.gradients(self.addresses[1]), *tensors[1:]]
-
-    def _rows(self) -> list[tuple[int, list[Tensor]]]:
-        return [(0, self.params), *enumerate(self.states.values(), 2)]
+        Args:
+            states: look at the states too; not needed where nobody else can have touched them.
+        """
+        self._steps += 1
+        if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= _MANY:
+            self._better_eyes()
+        found = self._eyes.look(self.addresses, states)
+        self.version += found != SAME
+        return found != OTHER
 
     def _better_eyes(self) -> None:
-        """Take the compiled functions once the same tensors have stepped often enough to be worth compiling for."""
-        self._steps += 1
-        if type(self._eyes) is _Eyes and self._steps % _OFTEN == 0 and len(self.params) >= _MANY:
-            compiled = native()
-            if compiled is not None:
-                self._eyes = _NativeEyes(self.params, compiled)
-                self._look()
+        """Take the compiled functions if they are there by now."""
+        compiled = native()
+        if compiled is not None:
+            before = self.addresses.copy()
+            self.use(NativeEyes(self.params, self.states, compiled))
+            self.addresses[:] = before
 
 
 #: From this many parameters on, and this many steps with the same tensors, compiled functions do the looking.
 _MANY, _OFTEN = 32, 16
 
 
-class _Eyes:
+class Eyes:
     """Looks at tensors one by one, in passes over lists that run in C."""
 
-    def __init__(self, params: list[Tensor]) -> None:
-        self.params = params
+    def __init__(self, params: list[Tensor], states: list[list[Tensor]]) -> None:
+        self.params, self.states = params, states
         # weak, because gradients that are dropped after the step must free their memory
         self._grads: list[Any] = []
         self._dtype = params[0].dtype if params[0].grad is None else params[0].grad.dtype
         self._flat: list[bool] = []
 
-    def tensors(self, tensors: list[Tensor], addresses: NDArray[np.int64]) -> int:
-        """Put where `tensors` lie into `addresses`."""
-        now = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
-        same = np.array_equal(now, addresses)
-        if tensors is self.params:
-            flat = list(map(Tensor.is_contiguous, tensors))
-            same = same and flat == self._flat
-            self._flat = flat
-        addresses[:] = now
-        return SAME if same else OTHER
+    def look(self, addresses: NDArray[np.int64], states: bool) -> int:
+        """Put where everything lies into `addresses`, and tell what is new; the states only if asked."""
+        rows = [(0, self.params), *(enumerate(self.states, 2) if states else ())]
+        tensors = [_take(x, addresses[i]) for i, x in rows]
+        flat = list(map(Tensor.is_contiguous, self.params))
+        same_layout, self._flat = flat == self._flat, flat
+        grads = self._look_at_grads(addresses[1])
+        return grads if all(tensors) and same_layout else OTHER
 
-    def gradients(self, addresses: NDArray[np.int64]) -> int:
-        """Put where the gradients lie into `addresses`."""
+    def _look_at_grads(self, addresses: NDArray[np.int64]) -> int:
         grads = list(map(grads_of, self.params))
         try:
-            now = np.fromiter(map(Tensor.data_ptr, grads), np.int64, len(grads))
+            same_place = _take(grads, addresses)
         except (TypeError, RuntimeError):  # a gradient is missing, or has no address
             return OTHER
-        same_objects = len(self._grads) == len(grads) and all(map(is_, grads, map(call, self._grads)))
-        moved = not np.array_equal(now, addresses)
-        addresses[:] = now
-        if same_objects:
-            return OTHER if moved else SAME  # moved by `p.grad.data = ...`, to who knows what
+        if len(self._grads) == len(grads) and all(map(is_, grads, map(call, self._grads))):
+            return SAME if same_place else OTHER  # moved by `p.grad.data = ...`, to who knows what
         if not self._alike(grads):
             return OTHER
         self._grads = list(map(ref, grads))
-        return MOVED if moved else SAME
+        return SAME if same_place else MOVED
 
     def _alike(self, grads: Sequence[Tensor]) -> bool:
         """Whether these are ordinary contiguous tensors of the dtype that the last ones had."""
@@ -141,21 +135,23 @@ class _Eyes:
         )
 
 
-class _NativeEyes(_Eyes):
-    """Looks with compiled functions. A kind is a digest of dtype, sizes and strides of an ordinary tensor."""
+def _take(tensors: list[Tensor], addresses: NDArray[np.int64]) -> bool:
+    """Put where `tensors` lie into `addresses`; whether they lay there."""
+    now = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
+    same = np.array_equal(now, addresses)
+    addresses[:] = now
+    return same
 
-    def __init__(self, params: list[Tensor], compiled: Any) -> None:
-        super().__init__(params)
-        self._look_at: Callable[..., int] = compiled.tensors
-        self._look_at_grads: Callable[..., int] = compiled.gradients
-        self._kinds: dict[int, NDArray[np.int64]] = {}
-        self._grad_kinds = np.zeros(len(params), np.int64)
 
-    def tensors(self, tensors: list[Tensor], addresses: NDArray[np.int64]) -> int:
-        kinds = self._kinds.get(id(tensors))
-        if kinds is None:
-            kinds = self._kinds[id(tensors)] = np.zeros(len(tensors), np.int64)
-        return OTHER if self._look_at(tensors, addresses, kinds) else SAME
+class NativeEyes(Eyes):
+    """Looks with a compiled function. It keeps the kind of each parameter and gradient: its dtype, sizes, strides."""
 
-    def gradients(self, addresses: NDArray[np.int64]) -> int:
-        return self._look_at_grads(self.params, addresses, self._grad_kinds)
+    def __init__(self, params: list[Tensor], states: list[list[Tensor]], compiled: Any) -> None:
+        super().__init__(params, states)
+        self._look: Callable[..., int] = compiled.look
+        self._kinds = np.zeros((2, len(params)), np.int64)
+
+    def look(self, addresses: NDArray[np.int64], states: bool) -> int:
+        if states:
+            return self._look(self.params, self.states, addresses, self._kinds)
+        return self._look(self.params, [], addresses[:2], self._kinds)

@@ -48,6 +48,8 @@ class Engine:
         self._triton: dict[torch.device, TritonRuns] = {}
         self._steady: Steady | None = None
         self._whole: Whole | None = None
+        #: Whether everything in the last step was recorded, so that no cb has received a tensor of the state.
+        self.recorded = False
 
     def run(
         self,
@@ -112,6 +114,7 @@ class Engine:
         recorded: bool = False,
     ) -> None:
         name, reason = requested(self.name)
+        self.recorded = False
         if name == "eager":
             _only_recorded(recorded, reason)
             self._add_masters(work)
@@ -122,6 +125,7 @@ class Engine:
         chain = self._chain_of(cbs)
         again = self._steady.cohorts() if self._steady is not None and self._steady.fits(work) else None
         if again is not None:
+            self.recorded = True
             self._execute(again, name, reduce, launch)
             return
         self._steady = self._whole = None
@@ -143,6 +147,7 @@ class Engine:
         if refused:  # all of the work where nothing was recorded, for a cb may step on everything at once
             run_eager(cbs, [group for group, _ in refused] if cohorts else work, reduce)
         self._note(work, None, reason, refused)
+        self.recorded = not refused
         if not refused:
             self._steady = Steady(work, cohorts, set(self._used.values()) == {"triton"})
             if not self._steady.reusable:

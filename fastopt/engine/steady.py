@@ -71,7 +71,7 @@ class SteadyCohort:
         elif not self._same_entries():
             return False
         assert self.cohort.looked is not None
-        return self.cohort.looked.again()
+        return self.cohort.looked.again(states=self.owner is None or self.owner.handed_out)
 
     def _same_entries(self) -> bool:
         """Whether every state has the entries that the last step left, looked at one by one."""

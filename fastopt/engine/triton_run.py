@@ -138,6 +138,7 @@ class Launch:
     def __init__(self, kernels: Kernels, tables: Tables, align: int, n_tensors: int, n_rows: int) -> None:
         self.kernels, self.tables, self.align = kernels, tables, align
         self.n_tensors, self.n_rows = n_tensors, n_rows
+        self._compiled: dict[int, Any] = {}
         self.program, layout = kernels.program, kernels.layout
         self.compute = torch.float64 if layout.double else torch.float32
         counted = [sum(self.program.nodes[i].op != "count" for i in phase.reductions) for phase in self.program.phases]
@@ -162,12 +163,20 @@ class Launch:
     def sweep(self, k: int) -> None:
         """Launch pass `k`."""
         t, phase = self.tables, self.program.phases[k]
-        if t.n_chunks and (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
-            self.kernels.functions[f"pass_{k}"][(t.n_chunks,)](
-                t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.chunk_tensor.on_device,
-                t.chunk_number.on_device, t.scalars.on_device, self.values, self.partials, *self.counts(),
-                BLOCK=BLOCK, ALIGN=self.align, num_warps=WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        if not t.n_chunks or not (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
+            return
+        arguments = (
+            t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.chunk_tensor.on_device,
+            t.chunk_number.on_device, t.scalars.on_device, self.values, self.partials, *self.counts(),
+        )  # fmt: skip
+        if k in self._compiled:  # everything that the kernel was compiled for is as it was
+            self._compiled[k][(t.n_chunks, 1, 1)](*arguments, BLOCK, self.align)
+            return
+        compiled = self.kernels.functions[f"pass_{k}"][(t.n_chunks,)](
+            *arguments, BLOCK=BLOCK, ALIGN=self.align, num_warps=WARPS, enable_fp_fusion=False
+        )
+        if _takes(compiled, len(arguments) + 2):
+            self._compiled[k] = compiled
 
 
 class _Prepared:
@@ -253,6 +262,12 @@ def _aligned(addresses: NDArray[np.int64], whole: list[int]) -> NDArray[np.bool_
     """Which tensors `[n_tensors]` have all their elementwise places, the rows `whole`, at aligned addresses."""
     aligned: NDArray[np.bool_] = (addresses[whole] % ALIGNED == 0).all(axis=0)
     return aligned
+
+
+def _takes(compiled: Any, n: int) -> bool:
+    """Whether a compiled kernel is launched with `n` arguments, constants included, as in the Triton of this torch."""
+    signature = getattr(getattr(compiled, "src", None), "signature", ())
+    return len(signature) == n and hasattr(compiled, "__getitem__")
 
 
 def _capturing(device: torch.device) -> bool:

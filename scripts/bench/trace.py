@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 Event = Mapping[str, Any]
@@ -78,10 +80,18 @@ def record(iterate: Callable[[], Any], iterations: int = 1, device: bool = False
         with profile(activities=activities, record_shapes=not device) as profiler:
             for _ in range(iterations):
                 iterate()
-            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-                torch.cuda.synchronize()
+            _finish()
         profiler.export_chrome_trace(str(path))
         return events_in(path)
+
+
+def _finish() -> None:
+    """Wait for all that is under way: a collective of Gloo that ends after the profiler has stopped crashes."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+        time.sleep(0.05)  # for the threads of Gloo to tell the profiler
 
 
 def events_in(path: Path) -> list[Event]:

@@ -32,7 +32,6 @@ OURS = "fastopt stage 2"
 OTHERS = ("deepspeed1", "deepspeed2", "megatron")
 """Of other packages: where one of these fails, the rest goes on."""
 _TORCH_ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.99), "eps": 1e-5, "weight_decay": 0.01}
-_OUR_ADAM: dict[str, Any] = {"lr": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,7 @@ def _ours(s: Setting, opt: Any, model: Any, name: str) -> Iterations:
 
 
 def _adam(params: Any) -> Adam:
-    options: dict[str, Any] = {"master_weights": True} if has_master_weights() else {}
-    return Adam(params, **_OUR_ADAM, **options)
-
-
-def has_master_weights() -> bool:
-    """Whether this library keeps float32 copies of bfloat16 parameters."""
-    return "master_weights" in inspect.signature(Adam).parameters
+    return Adam(params, lr=1e-4, master_weights=True)
 
 
 def stage_2(s: Setting) -> Iterations:
@@ -122,8 +115,8 @@ def stage_2_in_backward(s: Setting) -> Iterations:
 def stage_2_float32_sums(s: Setting) -> Iterations:
     """Gradients summed over the ranks in float32, in the order of the ranks."""
     model, name = s.model(), f"{OURS}, float32 sums"
-    options = accepted(shard, reduce_dtype=torch.float32)
-    return {name: _ours(s, shard(_adam(model.parameters()), model, stage=2, **options), model, name)[name]}
+    opt = shard(_adam(model.parameters()), model, stage=2, reduce_dtype=torch.float32)
+    return {name: _ours(s, opt, model, name)[name]}
 
 
 def stage_1(s: Setting) -> Iterations:
@@ -316,8 +309,7 @@ def builders(device: torch.device) -> dict[str, Callable[[Setting], Iterations]]
 
 def notes(device: torch.device) -> list[str]:
     """Who is missing, and why."""
-    found = [] if has_master_weights() else ["This version of fastopt has no float32 master weights."]
     if device.type != "cuda":
-        return [*found, "On the CPU DeepSpeed and Megatron-Core do not take part."]
+        return ["On the CPU DeepSpeed and Megatron-Core do not take part."]
     names = {"deepspeed": "DeepSpeed", "megatron": "Megatron-Core"}
-    return found + [f"{name} is not installed here." for package, name in names.items() if not _installed(package)]
+    return [f"{name} is not installed here." for package, name in names.items() if not _installed(package)]

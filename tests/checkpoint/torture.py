@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, load, prune, save, verify
+from fastopt.checkpoint import Checkpointer, CheckpointError, load, prune, save, verify
 from fastopt.distributed import shard
 
 from ..ranks import _context, run_ranks
@@ -79,19 +79,37 @@ def check(root: str, least: int, most: int) -> int:
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 
-def _saver(rank: int, world: int, port: int, root: str, first: int, env: Mapping[str, str], report: Connection) -> None:
+@dataclass(frozen=True)
+class Task:
+    """What the ranks of one round do: save under `root` from step `first` on, `background`: by a Checkpointer."""
+
+    root: str
+    world: int
+    port: int
+    first: int
+    background: bool
+    env: Mapping[str, str]
+
+
+def _saver(rank: int, task: Task, report: Connection) -> None:
     """Save one step after the other, told to `report`; ends with the first error, also told."""
-    os.environ.update(env)
+    os.environ.update(task.env)
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=LIMIT))
+    store = dist.TCPStore("127.0.0.1", task.port, is_master=False)
+    limit = timedelta(seconds=LIMIT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=task.world, timeout=limit)
     model, opt = job(sharded=True)
     try:
-        for step in itertools.count(first):
+        checkpoints = Checkpointer(task.root, keep_last=3) if task.background else None
+        for step in itertools.count(task.first):
             fill(model, opt, step)
             report.send(("begun", step))
-            save(root, step=step, model=model, opt=opt, extra=step)
-            report.send(("saved", step))
+            if checkpoints is None:
+                save(task.root, step=step, model=model, opt=opt, extra=step)
+                report.send(("saved", step))
+            else:  # the next `fill` comes while this one is being written
+                checkpoints.save(step, model=model, opt=opt, extra=step)
+                report.send(("saved", step - 1))
     except CheckpointError as error:
         report.send(("failed", str(error)))
     except Exception as error:
@@ -117,8 +135,9 @@ def kill_rounds(
 ) -> Tally:
     """Rounds of ranks that save and are killed at a random moment, one of them or all; asserts what `check` does.
 
-    1 to 3 ranks save a few steps under `root`. Of those that survive each must raise within `LIMIT` seconds. The next
-    round saves the step that did not become a checkpoint once more, beside what the dead left behind.
+    1 to 3 ranks save a few steps under `root`, in the foreground or in the background. Of those that survive each must
+    raise within `LIMIT` seconds. The next round saves the step that did not become a checkpoint once more, beside what
+    the dead left behind.
     """
     generator = random.Random(seed)
     tally = Tally()
@@ -130,7 +149,8 @@ def kill_rounds(
     for number in range(rounds):
         world = generator.choice((1, 2, 2, 3))
         victims = range(world) if generator.random() < 0.4 else [generator.randrange(world)]
-        began, saved, took, errors, slow = _round(root, world, victims, done + 1, span, generator, env or {})
+        task = Task(root, world, 0, done + 1, generator.random() < 0.4, env or {})
+        began, saved, took, errors, slow = _round(task, victims, span, generator)
         span = 0.7 * span + 0.3 * took if took else span
         newest = check(root, max(saved, done), began)
         tally.rounds += 1
@@ -148,15 +168,14 @@ def kill_rounds(
     return tally
 
 
-def _round(
-    root: str, world: int, victims: Any, first: int, span: float, generator: random.Random, env: Mapping[str, str]
-) -> tuple[int, int, float, int, float]:
+def _round(task: Task, victims: Any, span: float, generator: random.Random) -> tuple[int, int, float, int, float]:
     """The last step begun, the last that some rank knows as saved (-1: none), seconds per save, errors, slowest one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world, first = task.world, task.first
     processes, pipes = [], []
     for rank in range(world):
         here, there = _context.Pipe()
-        arguments = (rank, world, store.port, root, first, dict(env), there)
+        arguments = (rank, replace(task, port=store.port), there)
         process = _context.Process(target=_saver, args=arguments, daemon=True)
         process.start()
         there.close()
@@ -226,7 +245,8 @@ def build(rank: int, world: int, root: str) -> None:
 def flip_rounds(root: str, flips: int, seed: int, say: Callable[[str], None] = print) -> Counter[tuple[str, str]]:
     """One bit after the other flips somewhere in the newest checkpoint of two; what came of it, by region.
 
-    Asserts of each that `verify` finds it, and that loading either refuses or gives every element as it was saved.
+    Asserts of each that `verify` finds it, and that loading either refuses, and without a step gives the checkpoint
+    before, or gives every element as it was saved.
     """
     run_ranks(build, 2, root)
     folder = Path(root) / "step-00000002"
@@ -277,6 +297,7 @@ def _outcome(root: str, what: str) -> str:
         load(root, model=model, opt=opt, step=2)
     except CheckpointError:
         assert not wrong(model, opt, 9), f"{what}: the refused load has changed something"
+        assert check(root, 1, 1) == 1, f"{what}: the one before did not load"
         return "loading refused, verify found it"
     assert not wrong(model, opt, 2), f"{what}: a wrong value was loaded"
     return "not needed for loading, verify found it"

@@ -32,8 +32,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
 def _looked(eyes: str, params: list[Tensor], request: pytest.FixtureRequest, **states: list[Tensor]) -> Looked:
     looked = Looked(params, states)
     if eyes == "native":
-        looked._eyes = look._NativeEyes(looked.params, request.getfixturevalue("compiled"))
-        looked._look()
+        looked.use(look.NativeEyes(looked.params, looked.states, request.getfixturevalue("compiled")))
     assert looked.again()
     return looked
 
@@ -135,10 +134,19 @@ def test_members(compiled: Any) -> None:
 def test_wrong_arguments_are_refused(compiled: Any) -> None:
     import numpy as np
 
-    with pytest.raises(TypeError):
-        compiled.tensors([torch.ones(1)], np.zeros(2, np.int64), np.zeros(1, np.int64))
-    with pytest.raises(TypeError):
-        compiled.tensors([1], np.zeros(1, np.int64), np.zeros(1, np.int64))
+    one, two = np.zeros((2, 1), np.int64), np.zeros((2, 2), np.int64)
+    p = torch.ones(1)
+    for arguments in (
+        ([p], [], one, two),
+        ([p], [], two, one),
+        ([1], [], one, one),
+        ([p], [[]], np.zeros((3, 1), np.int64), one),
+        ([p], [[1]], np.zeros((3, 1), np.int64), one),
+        ((p,), [], one, one),
+        ([p], []),
+    ):
+        with pytest.raises(TypeError):
+            compiled.look(*arguments)
 
 
 @compiler
@@ -159,7 +167,7 @@ def test_an_optimizer_takes_the_compiled_functions(monkeypatch: pytest.MonkeyPat
         if i == 8:
             steady = a.runner._steady
             assert steady is not None
-            assert type(steady.steady[0].cohort.looked._eyes) is look._NativeEyes  # type: ignore[union-attr]
+            assert type(steady.steady[0].cohort.looked._eyes) is look.NativeEyes  # type: ignore[union-attr]
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,3 +145,39 @@ def test_the_step_count_is_right_whenever_it_is_read() -> None:
             entry = opt.state[p]
         if i in (1, 2, 5, 7):
             assert entry["step"] == opt.state[p]["step"] == i
+
+
+def test_a_state_is_handed_out_when_somebody_else_reads_it() -> None:
+    p = torch.ones(2, requires_grad=True)
+    opt = Adam([p], engine="foreach")
+    for _ in range(5):
+        p.grad = torch.ones(2)
+        opt.step()
+    state = opt.state
+    assert isinstance(state, ParamState)
+    assert not state.handed_out
+    opt.state_dict()
+    assert state.handed_out
+
+
+def test_a_callback_that_runs_as_it_is_may_keep_what_it_gets() -> None:
+    p = torch.ones(2, requires_grad=True)
+    opt = Adam([p], engine="eager")
+    for _ in range(2):
+        p.grad = torch.ones(2)
+        opt.step()
+    state = opt.state
+    assert isinstance(state, ParamState)
+    assert state.handed_out
+
+
+def test_a_state_that_was_moved_by_its_data_is_noticed() -> None:
+    ps = [torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)]
+    ours, theirs = Adam(ps[:1], lr=0.1, engine="foreach"), Adam(ps[1:], lr=0.1, engine="eager")
+    for i in range(8):
+        for p, opt in zip(ps, (ours, theirs), strict=True):
+            p.grad = torch.full((3,), 1.0 + i)
+            opt.step()
+            if i in (3, 5):
+                opt.state[p]["grad_avg"].data = torch.full((3,), 4.0)
+        assert torch.equal(*ps)
