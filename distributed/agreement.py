@@ -42,6 +42,10 @@ class Agreement:
             if not frozen[spec.group] or self._opt.steps_on(spec.group, params[i])
         )
 
+    def steps_on(self, param: int) -> bool:
+        """Whether one parameter steps now if it has a gradient."""
+        return self._opt.steps_on(self._buffers.layout.params[param].group, self._buffers.params[param])
+
     def grown(self, count: int) -> None:
         """Note that all ranks have taken in `count` parameters more, at the end."""
         first = len(self._buffers.params) - count
@@ -145,12 +149,18 @@ class Agreement:
         ]
 
     def _hypers_digest(self) -> bytes:
-        """A digest of hypers and of marks that act like them, and of those that are still to be checked."""
-        facts = (self._hypers(), self._undecayed(), self._unchecked)
+        """A digest of hypers and of marks that act like them, and of those that are still to be checked.
+
+        Made in every step, so it is of the groups as they are stored: of anything in them but the parameters.
+        """
+        stored = [
+            [value for name, value in group.items() if name not in ("params", "param_names")]
+            for group in self._opt.param_groups
+        ]
         try:
-            return digest(marshal.dumps(facts, 2))
-        except ValueError:  # a value of a type of its own
-            return digest(facts)
+            return digest(marshal.dumps((stored, self._undecayed(), self._unchecked), 2))
+        except ValueError:  # tensors, or values of a type of their own
+            return digest((self._hypers(), self._undecayed(), self._unchecked))
 
     def _undecayed(self) -> list[int]:
         """The parameters that are marked `do_wd=False`."""

@@ -146,22 +146,26 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class Ranks:
     """This process's seat among the ranks that share an optimizer: its number, their number, and how to reach them.
 
-    `group` is None where no process group is initialised: one rank, and no method communicates. `control` moves CPU
-    memory between the same ranks, `transport` buckets, and `watch` knows who did not come.
-
-    There may be several `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the
-    ranks that have the same part as this one, `control` reaches all copies, and `beside` the ranks of this one.
+    `group` is None where no process group is initialised: one rank, and no method communicates. There may be several
+    `copies` of these ranks, see [Note: hybrid sharding] in meshes.py: then `replicas` are the ranks that have the same
+    part as this one, `control` reaches the ranks of all copies, and `beside` moves CPU memory inside this one.
+    `transport` moves buckets, and `watch` knows who did not come.
     """
 
     rank: int = 0
     world_size: int = 1
     group: ProcessGroup | None = None
     control: ProcessGroup | None = field(default=None, repr=False)
-    transport: Transport = field(default_factory=lambda: GroupTransport(None), repr=False)
-    watch: Watch = field(default_factory=lambda: Watch(0, 1, None), repr=False)
     copies: int = 1
     replicas: ProcessGroup | None = field(default=None, repr=False)
     beside: ProcessGroup | None = field(default=None, repr=False)
+    transport: Transport = field(init=False, repr=False)
+    watch: Watch = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.transport = GroupTransport(self.group)
+        store = None if self.group is None or self.alone else _store(self.group)
+        self.watch = Watch(self.rank, self.world_size, store)
 
     @classmethod
     def of(cls, group: ProcessGroup | None = None) -> Ranks:
@@ -178,8 +182,7 @@ class Ranks:
         world_size = dist.get_world_size(group)
         if world_size == 1:
             return cls(0, 1, group)
-        watch = Watch(rank, world_size, _store(group))
-        return cls(rank, world_size, group, control_group(group), GroupTransport(group), watch)
+        return cls(rank, world_size, group, control_group(group))
 
     @property
     def alone(self) -> bool:
@@ -253,24 +256,25 @@ class Ranks:
             label: what to call it.
         """
         size = wire.sizes[self.rank]
+        if self.alone:
+            return Reduction(full if dtype is None else full.to(dtype))
+        self.watch.began(label)
         waiting = partial(self.watch.waiting, label)
         if self.world_size == 1:
             mine = full if dtype is None else full.to(dtype)
             return Reduction(mine, self._across(None, mine), waiting=waiting)
         mine = full.new_empty(size, dtype=dtype)
-        self.watch.began(label)
         if dtype is None and wire.even:
-            work = self.transport.reduce_scatter(mine, full)
-            return Reduction(mine, self._across(work, mine), waiting=waiting)
+            return Reduction(mine, self._across(self.transport.reduce_scatter(mine, full), mine), waiting=waiting)
         received = full.new_empty(size * self.world_size)
         work = self.transport.all_to_all(received, full, [size] * self.world_size, wire.sizes)
         if self.replicas is None:
             return Reduction(mine, work, received, waiting)
         return Reduction(mine, self._across(work, mine, partial(add_in_order, received, mine)), waiting=waiting)
 
-    def _across(self, work: Work | None, mine: Tensor, add_up: Callable[[], None] | None = None) -> Work | None:
-        """The reduction `work` and then that over the copies, where there are any."""
-        return work if self.replicas is None else ThenAcross(work, mine, add_up, self.replicas)
+    def _across(self, work: Work | None, mine: Tensor, then: Callable[[], None] | None = None) -> Work | None:
+        """`work` and, where there are copies of these ranks, the sum of `mine` over them."""
+        return work if self.replicas is None else ThenAcross(work, mine, then, self.replicas)
 
     def gather(self, wire: Wire, flat: Tensor, label: str = "a gather") -> Pending:
         """Fill the flat buffer `flat` of a bucket with the parts of their owners. One collective.
@@ -315,6 +319,8 @@ class Ranks:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """The `thing` of every rank of this copy, in the order of the ranks."""
+        if self.replicas is None:
+            return self.gather_everywhere(thing)
         first = self.copy * self.world_size
         return self.gather_everywhere(thing)[first : first + self.world_size]
 

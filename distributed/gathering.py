@@ -17,8 +17,10 @@ Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Set
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -26,6 +28,9 @@ from torch.autograd.profiler import record_function
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
+
+_numbers = itertools.count()
+_numbered: WeakValueDictionary[int, Gathering] = WeakValueDictionary()
 
 
 class Gathering:
@@ -40,6 +45,8 @@ class Gathering:
     def __init__(self, ranks: Ranks, buffers: Buffers, model: nn.Module) -> None:
         self._ranks, self._buffers = ranks, buffers
         self._pending: dict[int, Pending] = {}
+        self.number = next(_numbers)
+        _numbered[self.number] = self
         self._modules = list(model.modules())
         number = {id(module): k for k, module in enumerate(self._modules)}
         self._children = [[number[id(child)] for child in module.children()] for module in self._modules]
@@ -132,9 +139,9 @@ class Gathering:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_trace(gathering: Gathering, k: int) -> int:
-    """Runs while a graph is traced, and is a constant in it."""
-    gathering.traced(k)
+def _note_trace(number: int, k: int) -> int:
+    """Runs while a graph is traced, and is a constant in it. Takes nothing but constants."""
+    _numbered[number].traced(k)
     return k
 
 
@@ -143,13 +150,14 @@ class _Before:
 
     def __init__(self, gathering: Gathering | None, k: int) -> None:
         self.gathering, self.k = gathering, k
+        self.number = -1 if gathering is None else gathering.number
 
     def __call__(self, module: nn.Module, _: Any) -> None:
         """Wait for what the module reads."""
         if self.gathering is None:
             return
         if torch.compiler.is_compiling():
-            _note_trace(self.gathering, self.k)
+            _note_trace(self.number, self.k)
             return
         self.gathering.before(self.k, module)
 

@@ -104,6 +104,7 @@ class ReducedGradients:
         self._ranks, self._buffers, self._agreement, self._dtype = ranks, buffers, agreement, dtype
         self._in_flight: deque[tuple[Wire, Tensor, Reduction]] = deque()
         self._parts: dict[int, Part] = {}
+        self._headers: dict[int, tuple[Wire, Tensor]] = {}
         self._seen: set[int] = set()
         self._round: Round | None = None
         self._last: Round | None = None
@@ -141,12 +142,11 @@ class ReducedGradients:
 
     # ---- in a backward pass
 
-    @torch.no_grad()
     def arrived(self, param: int) -> None:
         """Autograd has put a gradient into the parameter's `.grad`."""
         if not self.syncing:
             return
-        now = self._enter()
+        now = self._enter(param)
         if now is None or param not in now.bucket_of:
             return
         waits_for = now.waits_for[now.bucket_of[param]]
@@ -155,21 +155,27 @@ class ReducedGradients:
             self._left_over = True
             return
         waits_for.discard(param)
-        while now.to_launch and not now.to_launch[0][1]:
-            self._launch_next(now)
+        if now.to_launch and not now.to_launch[0][1]:
+            with torch.no_grad():
+                while now.to_launch and not now.to_launch[0][1]:
+                    self._launch_next(now)
 
-    def _enter(self) -> Round | None:
-        """The round of the backward pass that is running; None if nothing is active."""
+    def _enter(self, param: int) -> Round | None:
+        """The round of the backward pass that is running; None if it has not come to anything active."""
         task = torch._C._current_graph_task_id()
         now: Round | None = self._round
         if now is not None and task in now.tasks:
             return now
+        if not self._agreement.steps_on(param):
+            return now
         inner = _inside_another_backward()
         if now is not None and now.tasks and not inner and task > max(now.tasks):
-            self._close()  # of a pass whose end nobody has told
+            with torch.no_grad():
+                self._close()  # of a pass whose end nobody has told
             now = None
         if now is None:
-            now = self._open("backward")
+            with torch.no_grad():
+                now = self._open("backward")
         if now is not None:
             now.tasks.add(task)
             if not inner:
@@ -282,10 +288,19 @@ class ReducedGradients:
         flags = [int(param in sources) for param in wire.params]
         full = self._ranks.transport.empty(wire.numel, flat.flat)
         with record_function(f"fastopt reduce {flat.label}"):
-            pack(wire, full, sources, _on(full, flags + leading, wire.header))
+            pack(wire, full, sources, self._header(wire, flags, leading, full))
             reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
         self._in_flight.append((wire, full, reduction))
         return reduction
+
+    def _header(self, wire: Wire, flags: list[int], leading: list[int], beside: Tensor) -> Tensor:
+        """The header on the device; that of a bucket of which all gradients are there is kept."""
+        if leading or not all(flags):
+            return _on(beside, flags + leading, wire.header)
+        known = self._headers.get(wire.bucket.index)
+        if known is None or known[0] is not wire:
+            known = self._headers[wire.bucket.index] = wire, _on(beside, flags, wire.header)
+        return known[1]
 
     def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
         """Take part in a collective without a gradient, and forget its result."""

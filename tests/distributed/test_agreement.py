@@ -241,6 +241,28 @@ def test_a_hyper_that_differs_after_backward_keeps_the_gradients(ranks: Any) -> 
     assert "hyper 'lr' of group 0: 0.1 on rank 0; 1.1 on rank 1" in told[0]
 
 
+def hyper_after_backward(rank: int, world_size: int) -> str:
+    """A hyper that is set between backward and step, as some training loops do; on one rank another value, once."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    opt = shard(fastopt.Adam([list(layer.parameters()) for layer in model], lr=0.1), model)
+    for step in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        opt.set_hyper("lr", 0.5 if (rank, step) == (2, 2) else 0.1 / (step + 1))
+        opt.step()
+        opt.zero_grad()
+    opt.set_hyper("lr", 0.3)
+    model(torch.ones(1, 3)).sum().backward()
+    told = message(opt.step)
+    opt.step()
+    return told
+
+
+def test_a_hyper_set_after_backward_is_compared_with_the_next_one(ranks: Any) -> None:
+    told = ranks(3).run(hyper_after_backward)
+    assert told[0] == told[1] == told[2]
+    assert "hyper 'lr' of group 1 in step 2: 0.03333333333333333 on ranks 0, 1; 0.5 on rank 2" in told[0]
+
+
 def problem_on_one_rank(rank: int, world_size: int) -> list[str]:
     """Something only one rank has done wrong stops all of them."""
     model = Model()

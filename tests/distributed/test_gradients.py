@@ -230,6 +230,35 @@ def test_a_closure_runs_once_before_gradients_are_reduced(ranks: Any) -> None:
     ranks(2).run(closures)
 
 
+def frozen_but_required(rank: int, world_size: int) -> None:
+    """Gradients of frozen parameters that somebody asks autograd for stay where they are, and open no round."""
+    model = network()
+    opt = shard(fastopt.SGD(groups(model), lr=0.1), model)
+    with pytest.warns(UserWarning, match="whole model is frozen"):
+        opt.freeze_to(3)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    before = [p.detach().clone() for p in model.parameters()]
+    if rank == 0:
+        model(batch(0, rank)).sum().backward()
+    opt.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    opt.freeze_to(2)
+    for p in model.parameters():
+        p.requires_grad_(True)
+    opt.zero_grad()
+    model(batch(0, rank)).sum().backward()
+    assert [p.grad is None for p in model.parameters()] == [False] * 4 + [True] * 2
+    opt.step()
+    opt.synchronize()
+    assert not any(map(torch.equal, before[4:], list(model.parameters())[4:]))
+    assert all(map(torch.equal, before[:4], list(model.parameters())[:4]))
+
+
+def test_gradients_of_frozen_parameters_are_left_alone(ranks: Any) -> None:
+    ranks(2).run(frozen_but_required)
+
+
 # ---- clipping
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -85,14 +86,16 @@ def test_collectives_run_beside_matrix_products(ranks: Any) -> None:
     for told in ranks(2).run(overlap, timeout=200):
         for kind, (overlapped, number) in told.items():
             assert number == 4 * DEPTH, f"{kind}: {told}"
-            # The last reduction of a backward pass and the first gather of a step have nothing beside them.
-            assert overlapped >= number * 3 // 4, f"{kind}: {told}"
+            # The last reduction of a backward pass and the first gather of a step have nothing beside them; gathers
+            # run beside other kernels of the forward pass too.
+            assert overlapped >= number // 2, f"{kind}: {told}"
 
 
 def memory(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> tuple[float, float, float]:
     """Allocated bytes between steps and after backward, over the formula's; and the passing peak in buckets."""
     group = on_gpus(rank)
-    torch.cuda.empty_cache()
+    gc.collect()  # what earlier tests have left
+    torch.cuda.synchronize()
     start = torch.cuda.memory_allocated()
     model = stack()
     elements = sum(p.numel() for p in model.parameters())
