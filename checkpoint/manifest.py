@@ -294,24 +294,27 @@ def _boxes(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shar
 
 def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
     """Every run written out. A file holds one part of a tensor, so that there can be no more parts than files."""
-    files_of: list[int] = []
-    starts: list[int] = []
-    counts: list[int] = []
-    total = math.prod(shape)
+    single: list[tuple[int, int, int]] = []
+    runs: list[Column] = []
+    parts, total = 0, math.prod(shape)
     for row in rows:
         _need(len(row) in (3, 6), where, f"a part with {len(row)} fields")
         if not all(type(n) is int and 0 <= n <= _LARGEST for n in row):
             raise CheckpointError(f"{where}: a part is given in whole numbers, got {str(row)[:80]}")
         file, start, count = row[:3]
         times, far, step = row[3:] or (1, 0, 0)
-        _need(times >= 1 and len(files_of) + times <= files, where, f"more parts than the {files} files")
+        parts += times
+        _need(times >= 1 and parts <= files, where, f"more parts than the {files} files")
         _need(file + (times - 1) * far < files, where, "a part in a file that is not listed")
         last = start + (times - 1) * step
         _need(last + count <= total, where, f"elements {last} to {last + count} are outside shape {shape}")
-        files_of += [file + far * i for i in range(times)]
-        starts += [start + step * i for i in range(times)]
-        counts += [count] * times
-    return Shards.intervals(shape, files_of, starts, counts)
+        if times == 1:
+            single.append((file, start, count))
+        else:
+            lane = np.arange(times, dtype=np.int64)
+            runs.append(np.stack([file + far * lane, start + step * lane, np.full_like(lane, count)]))
+    columns = np.concatenate([np.array(single, dtype=np.int64).reshape(-1, 3).T, *runs], axis=1)
+    return Shards.intervals(shape, *columns)
 
 
 def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:

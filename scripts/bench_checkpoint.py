@@ -4,8 +4,9 @@
 
 The state is that of Adam for GPT-2 small: float32 masters and two averages of 148 parameters, 1.49 GB, on two ranks.
 All competitors take turns within each round; the times are medians over the rounds, of the slower rank. `floor` is
-os.write of the same bytes and fsync, and reading them back. Memory is the growth of the peak resident size over what
-was resident before and what the result itself needs, in units of one rank's bytes.
+os.write of the same bytes and fsync, and reading them back. Memory is the growth of the peak resident size during the
+operation, in units of one rank's bytes; `fastopt load` drops the states that were there and makes new ones.
+Run it on a machine that does nothing else: two busy cores make the times of everything meaningless.
 `--only stall` measures nothing but how long an asynchronous save holds the loop.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,10 +36,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever
 
 from fastopt import Adam
 from fastopt.checkpoint import Checkpointer, load, save
-from fastopt.distributed import shard
+from fastopt.checkpoint.assemble import assemble, rank_record
+from fastopt.checkpoint.datafile import Item
+from fastopt.checkpoint.manifest import from_bytes, to_bytes
+from fastopt.checkpoint.plan import Use, Whole, block_bytes, pack, reads, share_out
+from fastopt.checkpoint.records import (
+    DataFile,
+    Group,
+    Manifest,
+    ModelPart,
+    OptPart,
+    ParamStates,
+    model_key,
+    state_key,
+)
+from fastopt.checkpoint.writing import PART_BYTES, FileRecord
+from fastopt.distributed import Layout, ParamSpec, shard
 
 STATES = ("master", "grad_avg", "sqr_avg")
-MiB = 1 << 20
 
 
 def gpt2(scale: float) -> dict[str, tuple[int, ...]]:
@@ -210,32 +226,28 @@ def rounds(args: argparse.Namespace, rows: dict[str, Any]) -> None:
         times.setdefault(name, []).append(result[0])
         memory.setdefault(name, []).append(result[1])
 
+    def turn_of(name: str, place: Path) -> None:
+        if name == "fastopt":
+            note("fastopt save", measured(lambda: save(place, step=1, opt=opt)))
+            note("fastopt load in place", measured(lambda: load(place, opt=opt, staging=0)))
+            note("fastopt load by copies", measured(lambda: load(place, opt=opt, staging=1 << 60)))
+            note("fastopt load", measured(lambda: (opt.clear_state(), load(place, opt=opt))))
+            return
+        if name.startswith("DCP"):
+            tools = dcp(place, state, name == "DCP HF")
+        else:
+            tools = raw(place, opt) if name == "raw" else torch_save(place, opt)
+        note(f"{name} save", measured(tools["save"]))
+        note(f"{name} load", measured(tools["load"]))
+        if name == "raw":
+            file = place / f"{dist.get_rank()}.bin"
+            sizes = [t.numel() for t in held(opt)]
+            note("raw load, new memory", measured(lambda: read_raw(file, [torch.empty(n) for n in sizes]), mine))
+
     for turn in range(args.rounds + 1):
         for name in ("raw", "torch.save", "DCP", "DCP HF", "fastopt"):
             place = fresh_folder(args)
-            if name == "fastopt":
-                note("fastopt save", measured(lambda: save(place, step=1, opt=opt)))
-                note("fastopt load in place", measured(lambda: load(place, opt=opt, staging=0)))
-                note("fastopt load by copies", measured(lambda: load(place, opt=opt, staging=1 << 60)))
-                opt.clear_state()
-                gc.collect()
-                note("fastopt load", measured(lambda: load(place, opt=opt), mine))
-            else:
-                tools = {
-                    "raw": lambda: raw(place, opt),
-                    "torch.save": lambda: torch_save(place, opt),
-                    "DCP": lambda: dcp(place, state, False),
-                    "DCP HF": lambda: dcp(place, state, True),
-                }[name]()
-                note(f"{name} save", measured(tools["save"]))
-                note(f"{name} load", measured(tools["load"]))
-                if name == "raw":
-                    file = place / f"{dist.get_rank()}.bin"
-                    sizes = [t.numel() for t in held(opt)]
-                    note(
-                        "raw load, new memory", measured(lambda: read_raw(file, [torch.empty(n) for n in sizes]), mine)
-                    )
-                del tools
+            turn_of(name, place)
             remove_folder(place)
         if turn == 0:  # the first round finds cold memory
             times.clear()
@@ -330,12 +342,9 @@ def _alone(args: argparse.Namespace, ours: Path, theirs: Path, plain: Path, queu
             "fastopt in place": (lambda: load(ours, opt=opt, staging=0, rng=False), 0),
             "fastopt by copies": (lambda: load(ours, opt=opt, staging=1 << 60, rng=False), 0),
             "raw, new memory": (lambda: read_raw(files[0], [torch.empty(total // 8)]), total // 2),
-            "fastopt": (lambda: load(ours, opt=opt, rng=False), total),
+            "fastopt": (lambda: (opt.clear_state(), load(ours, opt=opt, rng=False)), 0),
         }
         for name, (run, result) in runs.items():
-            if name == "fastopt":
-                opt.clear_state()
-                gc.collect()
             times.setdefault(name, []).append(measured(run, result))
     medians = {name: statistics.median(t for t, _ in each[1:]) for name, each in times.items()}
     medians["raw, new memory"] *= 2  # half of the bytes were read
@@ -351,6 +360,96 @@ def _alone(args: argparse.Namespace, ours: Path, theirs: Path, plain: Path, queu
         }
     )
     dist.destroy_process_group()
+
+
+def llama() -> list[tuple[str, tuple[int, ...]]]:
+    """A LLaMA-like model of 1.36 billion parameters in 219 tensors."""
+    d, hidden = 2048, 5632
+    shapes: list[tuple[str, tuple[int, ...]]] = [("embed", (32000, d))]
+    for i in range(24):
+        shapes += [(f"blocks.{i}.attn.{w}", (d, d)) for w in "qkvo"]
+        shapes += [
+            (f"blocks.{i}.mlp.{w}", shape)
+            for w, shape in zip(("gate", "up", "down"), ((hidden, d), (hidden, d), (d, hidden)), strict=True)
+        ]
+        shapes += [(f"blocks.{i}.{w}", (d,)) for w in ("norm_1", "norm_2")]
+    return [*shapes, ("norm", (d,)), ("head", (32000, d))]
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """What rank 0 and each rank work out for a save and a load on many ranks, without any data: the layout that `shard`
+    makes with its default buckets, two states per parameter, weights that all ranks have. In seconds of a processor."""
+    shapes, ranks = llama(), args.simulated
+    layout = Layout.even([ParamSpec(name, shape, torch.float32, 0) for name, shape in shapes], ranks)
+    states = ("grad_avg", "sqr_avg")
+    held = [
+        [(n, box) for n in range(len(shapes)) for box in layout.boxes(n, rank) if box.numel] for rank in range(ranks)
+    ]
+    start = time.process_time()
+    weights = share_out([Whole(model_key(n), s, 4, cut=False) for n, s in shapes], [0] * ranks)
+    shared = time.process_time() - start
+    expected = {model_key(name): shape for name, shape in shapes}
+    expected |= {state_key(name, key): shape for name, shape in shapes for key in states}
+    keys = sorted(expected)
+    number = {key: i for i, key in enumerate(keys)}
+    records, slowest = [], 0.0
+    block = block_bytes(sum(3 * 4 * math.prod(shape) for _, shape in shapes))
+    for rank in range(ranks):
+        empty = torch.empty(0)
+        start = time.process_time()
+        items = weights[rank] + [(state_key(shapes[n][0], key), box) for n, box in held[rank] for key in states]
+        files = []
+        for kind in ("model", "s"):
+            mine = [(key, box, 4) for key, box in items if key.startswith("model/") == (kind == "model")]
+            for part, written in enumerate(pack(mine, PART_BYTES, cut=kind != "model")):
+                size = sum(each.nbytes for each in written)
+                file = DataFile(
+                    f"{kind}-0123abcd-r{rank:05d}-{part:03d}.safetensors",
+                    4096 + size,
+                    4096,
+                    "0" * 16,
+                    1,
+                    "0" * 16 * -(-size // block),
+                )
+                stored = [Item(each.key, "F32", expected[each.key], each.box, empty) for each in written]
+                files.append(FileRecord(kind, part, file, stored))
+        records.append(rank_record(files, number, expected))
+        slowest = max(slowest, time.process_time() - start)
+    start = time.process_time()
+    all_files, tensors = assemble(records, keys, expected)
+    opt = OptPart(
+        dict(shapes),
+        (Group(tuple(n for n, _ in shapes), {"lr": 1e-3}),),
+        {n: ParamStates(states, {"step": 1}) for n, _ in shapes},
+    )
+    library = {"fastopt": "0", "torch": str(torch.__version__)}
+    model = ModelPart(tuple(name for name, _ in shapes))
+    manifest = Manifest(
+        1, "0123abcd", "", ranks, library, block, all_files, tensors, model, opt, None, None, (), (), None
+    )
+    data = to_bytes(manifest)
+    first = time.process_time() - start
+    start = time.process_time()
+    parsed = from_bytes(data)
+    parse = time.process_time() - start
+    start = time.process_time()
+    uses = []
+    for n, box in held[ranks // 2]:
+        for key in states:
+            for shard_, common in parsed.tensors[state_key(shapes[n][0], key)].shards.meeting(box, 4):
+                uses.append(Use(len(uses), shard_.file, shard_.at, shard_.box, common, 4))
+    requests = reads(uses, [(file.header, file.bytes) for file in parsed.files], block)
+    return {
+        "ranks": ranks,
+        "parts": sum(len(tensor.shards) for tensor in parsed.tensors.values()),
+        "files": len(parsed.files),
+        "manifest bytes": len(data),
+        "save, each rank (slowest), s": shared + slowest,
+        "save, rank 0, s": first,
+        "load, parse, s": parse,
+        "load, each rank, s": time.process_time() - start,
+        "requests of a rank": len(requests),
+    }
 
 
 def fresh_folder(args: argparse.Namespace) -> Path:
@@ -390,6 +489,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where the files go [the system's temporary folder]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--simulated", type=int, default=1024, help="ranks of the plan that is made without data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
     parser.add_argument("--scale", type=float, default=1.0, help="width of the model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -398,6 +498,8 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
     result |= {"ranks": args.ranks, "rounds": args.rounds, "scale": args.scale, "device": args.device}
+    if args.only in ("", "plan"):
+        result["plan"] = plan(args)
     if args.only != "plan":
         context = mp.get_context("spawn")
         queue = context.Queue()
