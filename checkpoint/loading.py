@@ -113,6 +113,8 @@ def load(
             raise CheckpointError(damage)
         skipped.append(damage)
         below = number
+        if peers.rank == 0:
+            catalog.note_damage(storage, number, data, damage)
     for reason in skipped:
         _log.warning("rank %d: loading step %d instead of a newer one: %s", peers.rank, number, reason)
     work.load()

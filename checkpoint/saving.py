@@ -194,10 +194,8 @@ class Save:
         gather.take_rng(self.snapshot, self.peers.rank, generators)
         self.storage = open_storage(self.url)
         self.folder = step_folder(self.step)
-        if self.peers.rank == 0 and MANIFEST in self.storage.sizes(self.folder):
-            raise CheckpointError(
-                f"step {self.step} is already saved at {self.storage.url}/{self.folder}; nothing was overwritten"
-            )
+        if self.peers.rank == 0:
+            catalog.make_way(self.storage, self.step)
         return {
             "url": self.storage.url,
             "step": self.step,
