@@ -12,8 +12,9 @@ from ..pieces import Box, Shape
 from .dtypes import DTYPES
 from .errors import CheckpointError
 from .manifest import place
-from .records import DataFile, StoredTensor
+from .records import DataFile, Group, ModelPart, OptPart, ParamStates, StoredTensor, state_key
 from .shards import Column, Shards, flat_interval
+from .values import Json
 from .writing import FileRecord
 
 _DTYPES = list(DTYPES)
@@ -113,3 +114,24 @@ def _tensor(key: str, shape: Any, rows: Column, boxes: Sequence[tuple[int, int, 
 def with_empty(tensors: dict[str, StoredTensor], key: str, dtype: str, shape: Shape) -> None:
     """Add the tensor without elements that no rank had a part of; nothing where there is one."""
     tensors.setdefault(key, StoredTensor(dtype, shape, Shards.intervals(shape, [], [], [])))
+
+
+def model_part(about: Json) -> ModelPart | None:
+    """What the model held, from what all ranks say about it."""
+    return about and ModelPart(tuple(about["order"]), about["aliases"], about["values"])
+
+
+def opt_part(about: Json, states: dict[str, dict[str, Json]], tensors: Mapping[str, StoredTensor]) -> OptPart | None:
+    """What the optimizer held. A state without elements of a parameter of unknown shape is left out."""
+    if about is None:
+        return None
+    parts = {
+        name: ParamStates(
+            tuple(key for key, (kind, *_) in state.items() if kind != "value" and state_key(name, key) in tensors),
+            {key: content[0] for key, (kind, *content) in state.items() if kind == "value"},
+        )
+        for name, state in states.items()
+    }
+    groups = tuple(Group(tuple(group["params"]), group["options"]) for group in about["groups"])
+    shapes = {name: None if shape is None else tuple(shape) for name, shape in about["params"].items()}
+    return OptPart(shapes, groups, parts)

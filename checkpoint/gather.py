@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..pieces import Box, Piece, Shape
+from ..pieces import Box, NamedState, Piece, Shape
 from . import sharded_tensor
 from .datafile import Item
 from .dtypes import dtype_name
@@ -115,7 +115,9 @@ def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> Non
     names = names_by_group(opt, model)
     params = [p for group in opt.param_groups for p in group["params"]]
     flat = [name for group in names for name in group]
-    _take_packed(snapshot, opt.state_dict(), names, dict(zip(flat, params, strict=True)), opt)
+    by_name = dict(zip(flat, params, strict=True))
+    known = {name: (tuple(p.shape), p.dtype) for name, p in by_name.items()}
+    _take_packed(snapshot, opt.state_dict(), names, known, lambda name, shape: boxes_of(opt, by_name[name], shape))
 
 
 def take_state_dict(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
@@ -124,6 +126,11 @@ def take_state_dict(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
         take_tensors(snapshot, state_dict)
         return
     groups = state_dict["param_groups"]
+    if isinstance(state_dict, NamedState):
+        known = [(name, (shape, dtype)) for name, shape, dtype in state_dict.params]
+        names = [[known[number][0] for number in group["params"]] for group in groups]
+        _take_packed(snapshot, state_dict, names, dict(known), None)
+        return
     numbers = itertools.count()
     names = [[str(next(numbers)) for _ in group["params"]] for group in groups]
     if all("param_names" in group for group in groups):
@@ -135,10 +142,11 @@ def _take_packed(
     snapshot: Snapshot,
     state_dict: Mapping[str, Any],
     names: list[list[str]],
-    params: Mapping[str, Tensor | None],
-    opt: Any,
+    params: Mapping[str, tuple[Shape, torch.dtype] | None],
+    boxes: Callable[[str, Shape], list[Box]] | None,
 ) -> None:
-    """Add a state dict of an optimizer (None where there is nothing but the state dict)."""
+    """Add a state dict of an optimizer: by parameter name the shape and dtype where they are known; `boxes` says what
+    this rank holds of a state of a shape, where somebody knows."""
     groups = []
     name_of: dict[int, str] = {}
     for i, (group, members) in enumerate(zip(state_dict["param_groups"], names, strict=True)):
@@ -146,15 +154,15 @@ def _take_packed(
         options = {k: encode(v, f"group {i} {k!r}") for k, v in group.items() if k not in PARAMS_ONLY}
         groups.append({"params": members, "options": options})
     snapshot.about["opt"] = {
-        "params": {n: None if p is None else list(p.shape) for n, p in params.items()},
-        "dtypes": {n: None if p is None else dtype_name(p.dtype, f"parameter {n!r}") for n, p in params.items()},
+        "params": {n: None if p is None else list(p[0]) for n, p in params.items()},
+        "dtypes": {n: None if p is None else dtype_name(p[1], f"parameter {n!r}") for n, p in params.items()},
         "groups": groups,
     }
     for number, state in state_dict["state"].items():
         if number not in name_of:
             raise CheckpointError(f"the optimizer's state has an entry {number!r} that belongs to no parameter")
         name = name_of[number]
-        about = {key: _take_state(snapshot, opt, name, params[name], key, value) for key, value in state.items()}
+        about = {key: _take_state(snapshot, boxes, name, key, value) for key, value in state.items()}
         snapshot.about["state"][name] = about
     for group, members in zip(state_dict["param_groups"], names, strict=True):
         if group.get("frozen"):
@@ -163,7 +171,9 @@ def _take_packed(
                 snapshot.frozen |= {state_key(name, key) for key in snapshot.about["state"].get(name, ())}
 
 
-def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor | None, key: Any, value: Any) -> Json:
+def _take_state(
+    snapshot: Snapshot, boxes_here: Callable[[str, Shape], list[Box]] | None, name: str, key: Any, value: Any
+) -> Json:
     where = f"state {key!r} of {name!r}"
     if type(key) is not str:
         raise CheckpointError(f"{where}: the keys of a state must be strings")
@@ -175,8 +185,8 @@ def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor | None, k
         return ["pieces"]
     if not isinstance(value, Tensor):
         return ["value", encode(value, where)]
-    if param is not None and not sharded_tensor.is_one(value):
-        boxes = boxes_of(opt, param, tuple(value.shape))
+    if boxes_here is not None and not sharded_tensor.is_one(value):
+        boxes = boxes_here(name, tuple(value.shape))
         if boxes != [Box.whole(value.shape)]:  # a whole copy of a sharded state, as after consolidating
             for box in boxes:
                 _take_piece(snapshot, stored, tuple(value.shape), box, value[box.slices], where)

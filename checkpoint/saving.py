@@ -34,12 +34,7 @@ from .plan import Whole, block_bytes, share_out
 from .records import (
     INDEX,
     MANIFEST,
-    Group,
     Manifest,
-    ModelPart,
-    OptPart,
-    ParamStates,
-    StoredTensor,
     file_key,
     model_key,
     rng_key,
@@ -352,8 +347,8 @@ class Save:
             block=self.block,
             files=files,
             tensors=tensors,
-            model=_model_part(self.snapshot.about["model"]),
-            opt=_opt_part(opt, self.states, tensors),
+            model=assemble.model_part(self.snapshot.about["model"]),
+            opt=assemble.opt_part(opt, self.states, tensors),
             scheduler=self.values["scheduler"],
             scaler=self.values["scaler"],
             loader=self.loader,
@@ -393,23 +388,3 @@ def hugging_face_index(manifest: Manifest) -> bytes | None:
 
 def _same(value: Json) -> Json:
     return value
-
-
-def _model_part(about: Json) -> ModelPart | None:
-    return about and ModelPart(tuple(about["order"]), about["aliases"], about["values"])
-
-
-def _opt_part(about: Json, states: dict[str, dict[str, Json]], tensors: Mapping[str, StoredTensor]) -> OptPart | None:
-    """What the optimizer held. A state without elements of a parameter of unknown shape is left out."""
-    if about is None:
-        return None
-    parts = {
-        name: ParamStates(
-            tuple(key for key, (kind, *_) in state.items() if kind != "value" and state_key(name, key) in tensors),
-            {key: content[0] for key, (kind, *content) in state.items() if kind == "value"},
-        )
-        for name, state in states.items()
-    }
-    groups = tuple(Group(tuple(group["params"]), group["options"]) for group in about["groups"])
-    shapes = {name: None if shape is None else tuple(shape) for name, shape in about["params"].items()}
-    return OptPart(shapes, groups, parts)

@@ -7,8 +7,9 @@ a box together with the local data is a piece. Everything here is pure: no proce
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,6 +99,19 @@ class Flat(tuple[Piece, ...]):
         made = super().__new__(cls, pieces)
         made.flat = flat
         return made
+
+
+class NamedState(dict[str, Any]):
+    """A state dict of an optimizer that also knows its parameters: `params` has name, global shape and dtype of each.
+
+    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows.
+    """
+
+    params: list[tuple[str, Shape, torch.dtype]]
+
+    def __init__(self, packed: Mapping[str, Any], params: Iterable[tuple[str, Shape, torch.dtype]]) -> None:
+        super().__init__(packed)
+        self.params = list(params)
 
 
 def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box]:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 import click
 
-from ..catalog import steps as complete_steps
+from ..catalog import survey
 from ..difference import diff as find_differences
 from ..errors import CheckpointError
+from ..records import MANIFEST
+from ..storage import open_storage
 from ..verifying import Verified
 from ..verifying import verify as verify_one
 from . import places
@@ -18,7 +20,7 @@ from .printing import Size, print_json, print_table, progress, say
 @click.command(short_help="Check every byte of a checkpoint.")
 @places.url
 @places.step
-@click.option("--all", "everything", is_flag=True, help="Every complete checkpoint under URL, not only the newest.")
+@click.option("--all", "everything", is_flag=True, help="Every checkpoint under URL that has a manifest.")
 @click.option("--no-mark", is_flag=True, help="Leave no note beside a sound checkpoint.")
 @places.as_json
 @places.command
@@ -36,9 +38,9 @@ def verify(url: str, step: int | None, everything: bool, no_mark: bool, as_json:
         raise click.UsageError("--all and a step exclude each other")
     numbers: list[int | None] = [at.step]
     if everything:
-        numbers = list(complete_steps(at.root))
+        numbers = [found.step for found in survey(open_storage(at.root)) if MANIFEST in found.sizes]
         if not numbers:
-            raise CheckpointError(f"there is no complete checkpoint at {at.root}")
+            raise CheckpointError(f"there is no checkpoint at {at.root}")
     reports: list[Verified] = []
     for number in numbers:
         with progress(f"verifying {'the newest' if number is None else f'step {number}'}") as tell:

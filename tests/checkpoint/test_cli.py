@@ -164,8 +164,9 @@ def test_verify(run: Path, broken: Path) -> None:
     (report,) = json.loads(fastopt("checkpoint", "verify", broken / "step-00000010", "--json"))
     assert (report["step"], report["sound"], report["problems"]) == (10, True, [])
     reports = json.loads(fastopt("checkpoint", "verify", broken, "--all", "--json", code=1))
-    assert [(report["step"], report["sound"]) for report in reports] == [(10, True), (30, False)]
-    assert json.loads(fastopt("checkpoint", "ls", broken, "--json"))[0]["state"] == "verified"
+    assert [(report["step"], report["sound"]) for report in reports] == [(10, True), (20, False), (30, False)]
+    states = [row["state"] for row in json.loads(fastopt("checkpoint", "ls", broken, "--json"))]
+    assert states == ["verified", "damaged", "damaged", "unfinished"]
 
 
 def test_diff(run: Path, broken: Path, tmp_path: Path) -> None:

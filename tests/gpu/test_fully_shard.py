@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import fastopt
 
 from ..distributed.problems import ELEMENTWISE, NORM, Model, average, members
+from .nccl import nccl_mesh
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
@@ -31,8 +31,7 @@ def set_grads(opt: Any, step: int) -> None:
 
 
 def every_optimizer(rank: int, world_size: int) -> int:
-    torch.cuda.set_device(rank)
-    mesh = init_device_mesh("cuda", (world_size,))
+    mesh = nccl_mesh(rank)
     for name, build in (ELEMENTWISE | NORM).items():
         model, reference = Model(SHAPES).cuda(), Model(SHAPES).cuda()
         fully_shard(model, mesh=mesh)
@@ -56,10 +55,10 @@ def test_every_optimizer_equals_one_process(ranks: Any) -> None:
 
 def one_kernel(rank: int, world_size: int) -> int:
     """Kernels of one step of Adam on 60 parameters, once it is steady."""
-    torch.cuda.set_device(rank)
+    mesh = nccl_mesh(rank)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(33, 33) for _ in range(30)]).cuda()
-    fully_shard(model, mesh=init_device_mesh("cuda", (world_size,)))
+    fully_shard(model, mesh=mesh)
     opt = fastopt.Adam(model.parameters(), lr=1e-3)
     for _ in range(3):
         model(torch.randn(4, 33, device="cuda")).square().mean().backward()
@@ -80,11 +79,11 @@ def test_a_step_is_few_kernels_whatever_the_number_of_parameters(ranks: Any) -> 
 
 def mixed(rank: int, world_size: int) -> float:
     """Real training in bfloat16 over float32 shards, clipped; the largest difference between the ranks' weights."""
-    torch.cuda.set_device(rank)
+    mesh = nccl_mesh(rank)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 65), nn.GELU(), nn.Linear(65, 4)).cuda()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    fully_shard(model, mesh=init_device_mesh("cuda", (world_size,)), mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     opt = fastopt.Lamb(model.parameters(), lr=1e-2)
     losses = []
     for step in range(30):

@@ -6,18 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 
 from fastopt.distributed import shard
 
 from ..distributed.problems import EVERY, NORM, Model, assert_same_run, feed, set_average
+from .nccl import nccl_mesh
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 
 def hybrid(rank: int, world_size: int, shape: tuple[int, int]) -> None:
-    torch.cuda.set_device(rank)
-    mesh = init_device_mesh("cuda", shape, mesh_dim_names=("replicate", "shard"))
+    mesh = nccl_mesh(rank, shape, ("replicate", "shard"))
     for name in ("adam", "lamb", "ranger", "adamw"):
         for stage in (1, 2):
             model, reference = Model().cuda(), Model().cuda()
