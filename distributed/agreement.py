@@ -75,8 +75,13 @@ class Agreement:
     # ---- with a message of its own
 
     def ask(
-        self, place: Place, waiting: bool, problem: str | None, has: list[bool] | None = None
-    ) -> tuple[bool, bool, list[bool]]:
+        self,
+        place: Place,
+        waiting: bool,
+        problem: str | None,
+        has: list[bool] | None = None,
+        cleared: bool = False,
+    ) -> tuple[bool, bool, bool, list[bool]]:
         """Exchange a message of its own, after which the ranks agree on what is active.
 
         Args:
@@ -84,9 +89,10 @@ class Agreement:
             waiting: whether it has gradients to reduce.
             problem: why its gradients cannot be used.
             has: which gradients it has, or nothing.
+            cleared: whether it has forgotten gradients since its last round.
 
         Returns:
-            Whether any rank is in a backward pass, whether any is `waiting`, and which gradients any has.
+            Whether any rank is in a backward pass, is `waiting`, has `cleared`, and which gradients any has.
 
         Raises:
             RanksDiffer: on all ranks. Hypers may differ while a rank is in a backward pass.
@@ -98,10 +104,10 @@ class Agreement:
         facts = (problem, self.steps, sorted(active), self._undecayed())
         at = [place == each for each in PLACES]
         hypers = (self._hypers(), self._unchecked)
-        told = [*at, waiting, *has, *both_ways(hypers)]
+        told = [*at, waiting, cleared, *has, *both_ways(hypers)]
         heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
         n = len(PLACES)
-        in_round, *elsewhere, any_waiting = map(bool, heard[: n + 1])
+        in_round, *elsewhere, any_waiting, any_cleared = map(bool, heard[: n + 2])
         alike = equal_everywhere(heard[-BOTH_WAYS:])
         if sum(elsewhere) > 1 or not (alike or in_round):
             self.disagree(place, problem)
@@ -110,7 +116,7 @@ class Agreement:
         self.active = active
         if alike:
             self._unchecked, self._told = None, self._hypers_digest()
-        return in_round, any_waiting, [bool(each) for each in heard[n + 1 : n + 1 + len(has)]]
+        return in_round, any_waiting, any_cleared, [bool(each) for each in heard[n + 2 : n + 2 + len(has)]]
 
     def disagree(self, place: Place, problem: str | None) -> NoReturn:
         """Raise what differs. Collective: all ranks have seen that something does."""

@@ -50,7 +50,7 @@ class LocalGradients:
         """The parameters that have a `p.grad` on any rank."""
         active = self._agreement.stepping()
         has = [i in active and p.grad is not None for i, p in enumerate(self._buffers.params)]
-        _, _, anywhere = self._agreement.ask(place, False, sparse(self._buffers), has)
+        *_, anywhere = self._agreement.ask(place, False, sparse(self._buffers), has)
         return [i for i, there in enumerate(anywhere) if there]
 
     def slice(self, param: int) -> Tensor | None:

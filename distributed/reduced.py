@@ -113,6 +113,7 @@ class ReducedGradients:
         self._settled: list[int] | None = None
         self._problem: str | None = None
         self._asking = False
+        self._cleared = False
         self._watched = 0
         self.syncing = True
         self.watch()
@@ -227,10 +228,20 @@ class ReducedGradients:
         """Exchange a message; if the ranks disagree, the gradients are dropped."""
         problem = self._problem
         try:
-            self._agreement.ask("backward", False, problem)
+            self._ask("backward", False, problem)
         except RuntimeError:
             self.clear()
             raise
+
+    def _ask(self, place: Place, waiting: bool, problem: str | None) -> tuple[bool, bool]:
+        """Exchange a message. What another rank has forgotten since the last round is forgotten here, too."""
+        in_round, any_waiting, cleared, _ = self._agreement.ask(place, waiting, problem, cleared=self._cleared)
+        self._cleared = False
+        if cleared:
+            self._land_all()
+            self._parts.clear()
+            self._seen.clear()
+        return in_round, any_waiting
 
     def _change(self, place: Place) -> None:
         """Agree on another set of active parameters, in the shape of the first collective of the old one."""
@@ -377,7 +388,7 @@ class ReducedGradients:
         agreement = self._agreement
         while True:
             if self._must_ask:
-                in_round, waiting, _ = agreement.ask(place, self._waiting(agreement.stepping()), self._problem)
+                in_round, waiting = self._ask(place, self._waiting(agreement.stepping()), self._problem)
                 if not in_round and not waiting:
                     self._asking = False
                     return
@@ -434,7 +445,7 @@ class ReducedGradients:
         """Free the gradients: what has stepped is not needed again."""
         self._parts.clear()
         self._seen.clear()
-        self._last, self._rounds = None, 0
+        self._last, self._rounds, self._cleared = None, 0, False
         self._settled, self._left_over = None, False
 
     def clear(self) -> None:
@@ -443,7 +454,9 @@ class ReducedGradients:
             reduction.wait()
         self._in_flight.clear()
         self._round, self._problem = None, None
+        cleared = self._cleared or self._rounds > 0
         self.consumed()
+        self._cleared = cleared
 
 
 def _on(like: Tensor, numbers: list[int], size: int) -> Tensor:

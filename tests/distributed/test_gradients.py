@@ -259,6 +259,27 @@ def test_gradients_of_frozen_parameters_are_left_alone(ranks: Any) -> None:
     ranks(2).run(frozen_but_required)
 
 
+def dropped(rank: int, world_size: int) -> None:
+    """Gradients that are dropped before the step are dropped on a rank, too, that only comes to them in its step."""
+    model = network()
+    opt = shard(fastopt.Adam(groups(model), lr=0.1), model)
+    for passes in (1, 2):
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        for part in range(passes):
+            if rank:
+                model(batch(part, rank)).sum().backward()
+            if part == 0:
+                opt.zero_grad()
+        opt.step()
+        moved = [not torch.equal(before[name], value) for name, value in model.state_dict().items()]
+        assert moved == [passes == 2] * len(moved)
+        opt.zero_grad()
+
+
+def test_gradients_that_are_dropped_before_the_step(ranks: Any) -> None:
+    ranks(2).run(dropped)
+
+
 # ---- clipping
 
 

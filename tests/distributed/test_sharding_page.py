@@ -24,12 +24,17 @@ def printed_by(word: str, tmp_path: Path) -> str:
 
 @pytest.mark.parametrize(
     ("word", "says"),
-    [("newton_schulz", "whole"), ("fully_shard", "steps (33, 8) of (65, 8)"), ("Lamb(params)", "1 1")],
-    ids=["Muon", "fully_shard", "plan"],
+    [
+        ("newton_schulz", "whole"),
+        ("opt.synchronize()", "rank 1: "),
+        ("fully_shard", "steps (33, 8) of (65, 8)"),
+        ("Lamb(params)", "1 1"),
+    ],
+    ids=["Muon", "a step", "fully_shard", "plan"],
 )
 def test_example(word: str, says: str, tmp_path: Path) -> None:
     assert says in printed_by(word, tmp_path)
 
 
 def test_all_examples_are_run_here() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["", "", "excerpt", "torchrun"]
+    assert sorted(kind for kind, _ in BLOCKS) == ["", "", "excerpt", "torchrun", "torchrun"]
