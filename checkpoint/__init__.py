@@ -10,6 +10,7 @@ from .catalog import Entry, latest, steps
 from .checkpointer import Checkpointer
 from .errors import CheckpointError, StorageError
 from .loading import Checkpoint, load
+from .opening import open
 from .retention import prune
 from .saving import save
 from .verifying import Verified, verify
@@ -23,6 +24,7 @@ __all__ = [
     "Verified",
     "latest",
     "load",
+    "open",
     "prune",
     "save",
     "steps",

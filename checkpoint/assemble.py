@@ -96,7 +96,7 @@ def assemble(
 
 def _tensor(key: str, shape: Any, rows: Column, boxes: Sequence[tuple[int, int, Box]]) -> StoredTensor:
     where = f"tensor {key!r}"
-    dtypes = {int(code) for code in np.unique(rows[:, 1])} | {dtype for _, dtype, _ in boxes}
+    dtypes = set(rows[:, 1].tolist()) | {dtype for _, dtype, _ in boxes}
     if len(dtypes) > 1:
         raise CheckpointError(f"ranks hold {where} in different dtypes: {sorted(_DTYPES[d] for d in dtypes)}")
     if boxes:  # the others too, then: one by one

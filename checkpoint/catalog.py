@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -62,6 +63,33 @@ def verified_mark(data: bytes) -> str:
     return f"verified-{data[11:27].decode()}"
 
 
+def damaged_mark(data: bytes) -> str:
+    """The name of the file beside the manifest `data` which notes that something it names was read and was damaged."""
+    return f"damaged-{data[11:27].decode()}"
+
+
+def note_damage(storage: Storage, step: int, data: bytes, reason: str) -> None:
+    """Leave a note, where the storage can be written to, so that nobody trusts the checkpoint because of its sizes.
+
+    It is then not complete any more: nothing is taken from it for later checkpoints, and its step may be saved again.
+    `verify` removes the note where it finds the checkpoint sound.
+    """
+    with contextlib.suppress(OSError, StorageError):
+        storage.publish(f"{step_folder(step)}/{damaged_mark(data)}", reason.encode())
+
+
+def make_way(storage: Storage, step: int) -> None:
+    """Remove the manifest of a checkpoint that is not complete, so that its step can be saved again.
+
+    Raises CheckpointError where it is complete.
+    """
+    found = look(storage, step)
+    if found.complete:
+        raise CheckpointError(f"step {step} is already saved at {found.url}; nothing was overwritten")
+    if MANIFEST in found.sizes:
+        storage.remove(f"{step_folder(step)}/{MANIFEST}")
+
+
 def latest(url: str | os.PathLike[str]) -> Entry | None:
     """The newest complete checkpoint under `url`, or None. Not collective.
 
@@ -104,13 +132,19 @@ def find(storage: Storage, step: int | None) -> tuple[str, bytes]:
 
 
 def inspect(storage: Storage, step: int) -> tuple[Manifest, bytes]:
-    """The manifest of `step`, checked together with the sizes of its files. CheckpointError naming file and reason."""
-    found = look(storage, step)
+    """The manifest of `step`, checked together with the sizes of its files, whatever is noted about their content.
+
+    CheckpointError naming file and reason.
+    """
+    found = look(storage, step, notes=False)
     return found.raise_problem(), found.data
 
 
-def look(storage: Storage, step: int) -> Found:
-    """What there is of `step`. StorageError where that cannot be told."""
+def look(storage: Storage, step: int, notes: bool = True) -> Found:
+    """What there is of `step`. One of which damage is noted is not complete, unless `notes` do not count.
+
+    StorageError where that cannot be told.
+    """
     folder = step_folder(step)
     place = f"{storage.url}/{folder}"
     sizes = storage.sizes(folder)
@@ -119,12 +153,22 @@ def look(storage: Storage, step: int) -> Found:
         data = _read_manifest(storage, step, sizes)
         manifest = from_bytes(data)
         _check(storage, step, manifest, sizes)
-        problem = None
+        problem = _noted(storage, folder, sizes, data) if notes else None
     except StorageError:
         raise
     except (CheckpointError, FileNotFoundError) as error:
         problem = str(error) if place in str(error) else f"{place}/{MANIFEST}: {error}"
     return Found(step, place, sizes, manifest, data, problem)
+
+
+def _noted(storage: Storage, folder: str, sizes: dict[str, int | None], data: bytes) -> str | None:
+    """What is noted about damage, if anything is."""
+    note = damaged_mark(data)
+    if note not in sizes:
+        return None
+    reason = bytearray(min(sizes[note] or 0, 1000))
+    storage.read_into(f"{folder}/{note}", 0, [memoryview(reason)])
+    return f"{storage.url}/{folder}/{note} says: {reason.decode(errors='replace')}"
 
 
 def _read_manifest(storage: Storage, step: int, sizes: dict[str, int | None]) -> bytes:

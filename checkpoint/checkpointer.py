@@ -32,10 +32,25 @@ from .values import Json
 # buffer: only for that is the training loop held. A thread then writes, with a process group of its own, so that its
 # collectives never meet those of the training. It spends its time in system calls, copies and checksums, which all
 # release Python's lock. One save is in flight at a time; the buffer is free again when it is done.
-# The outcome of a save is the same on all ranks, and is raised by the next call on each. The thread is no daemon: the
-# interpreter waits for it before it ends.
+# The outcome of a save is the same on all ranks, and is raised by the next call on each.
+# When the interpreter ends it waits for the thread, which is no daemon. By then no more work can be given to thread
+# pools, which the writing and most filesystems need; so it is waited for just before that, where Python has the hook
+# that its own pools use.
 
 _log = logging.getLogger("fastopt.checkpoint")
+
+
+_writing: set[threading.Thread] = set()
+
+
+def _wait_for_all() -> None:
+    for thread in list(_writing):
+        thread.join()
+
+
+_before_pools_close = getattr(threading, "_register_atexit", None)
+if _before_pools_close is not None:
+    _before_pools_close(_wait_for_all)
 
 
 class Checkpointer:
@@ -120,6 +135,7 @@ class Checkpointer:
             return
         staged = self._stage(work)
         self._thread = threading.Thread(target=self._finish, args=(work, staged), name=f"checkpoint-{step}")
+        _writing.add(self._thread)
         self._thread.start()
 
     def _stage(self, work: Save) -> list[Item]:
@@ -153,6 +169,7 @@ class Checkpointer:
         """Wait until the save in flight is on disk. Raises CheckpointError where it failed, once. Not collective."""
         if self._thread is not None:
             self._thread.join()
+            _writing.discard(self._thread)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None

@@ -55,11 +55,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def take_model(snapshot: Snapshot, model: nn.Module) -> None:
     """Add the model's state dict: tied tensors once, with their further names beside."""
+    take_tensors(snapshot, unwrap(model).state_dict(keep_vars=True))
+
+
+def take_tensors(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
+    """Add the entries of a model's state dict."""
     tensors: dict[str, Json] = {}
     aliases: dict[str, str] = {}
     values: dict[str, Json] = {}
     first_name: dict[int, str] = {}
-    for name, value in unwrap(model).state_dict(keep_vars=True).items():
+    for name, value in state_dict.items():
+        if type(name) is not str:
+            raise CheckpointError(f"the names of a state dict are text, got {name!r}")
         if not isinstance(value, Tensor):
             values[name] = encode(value, f"model value {name!r}")
         elif id(value) in first_name:
@@ -106,12 +113,32 @@ def _check_plain(key: str, value: Tensor, where: str) -> None:
 def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> None:
     """Add groups, hyper-parameters and states, by parameter name."""
     names = names_by_group(opt, model)
-    params = {
-        n: p
-        for group, ns in zip(opt.param_groups, names, strict=True)
-        for n, p in zip(ns, group["params"], strict=True)
-    }
-    state_dict = opt.state_dict()
+    params = [p for group in opt.param_groups for p in group["params"]]
+    flat = [name for group in names for name in group]
+    _take_packed(snapshot, opt.state_dict(), names, dict(zip(flat, params, strict=True)), opt)
+
+
+def take_state_dict(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
+    """Add a state dict: of an optimizer where it has `state` and `param_groups`, else of a model."""
+    if set(state_dict) != {"state", "param_groups"}:
+        take_tensors(snapshot, state_dict)
+        return
+    groups = state_dict["param_groups"]
+    numbers = itertools.count()
+    names = [[str(next(numbers)) for _ in group["params"]] for group in groups]
+    if all("param_names" in group for group in groups):
+        names = [list(group["param_names"]) for group in groups]
+    _take_packed(snapshot, state_dict, names, {name: None for group in names for name in group}, None)
+
+
+def _take_packed(
+    snapshot: Snapshot,
+    state_dict: Mapping[str, Any],
+    names: list[list[str]],
+    params: Mapping[str, Tensor | None],
+    opt: Any,
+) -> None:
+    """Add a state dict of an optimizer (None where there is nothing but the state dict)."""
     groups = []
     name_of: dict[int, str] = {}
     for i, (group, members) in enumerate(zip(state_dict["param_groups"], names, strict=True)):
@@ -119,8 +146,8 @@ def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> Non
         options = {k: encode(v, f"group {i} {k!r}") for k, v in group.items() if k not in PARAMS_ONLY}
         groups.append({"params": members, "options": options})
     snapshot.about["opt"] = {
-        "params": {n: list(p.shape) for n, p in params.items()},
-        "dtypes": {n: dtype_name(p.dtype, f"parameter {n!r}") for n, p in params.items()},
+        "params": {n: None if p is None else list(p.shape) for n, p in params.items()},
+        "dtypes": {n: None if p is None else dtype_name(p.dtype, f"parameter {n!r}") for n, p in params.items()},
         "groups": groups,
     }
     for number, state in state_dict["state"].items():
@@ -136,7 +163,7 @@ def take_optimizer(snapshot: Snapshot, opt: Any, model: nn.Module | None) -> Non
                 snapshot.frozen |= {state_key(name, key) for key in snapshot.about["state"].get(name, ())}
 
 
-def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor, key: Any, value: Any) -> Json:
+def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor | None, key: Any, value: Any) -> Json:
     where = f"state {key!r} of {name!r}"
     if type(key) is not str:
         raise CheckpointError(f"{where}: the keys of a state must be strings")
@@ -148,7 +175,7 @@ def _take_state(snapshot: Snapshot, opt: Any, name: str, param: Tensor, key: Any
         return ["pieces"]
     if not isinstance(value, Tensor):
         return ["value", encode(value, where)]
-    if not sharded_tensor.is_one(value):
+    if param is not None and not sharded_tensor.is_one(value):
         boxes = boxes_of(opt, param, tuple(value.shape))
         if boxes != [Box.whole(value.shape)]:  # a whole copy of a sharded state, as after consolidating
             for box in boxes:
@@ -174,13 +201,13 @@ def boxes_of(opt: Any, param: Tensor, shape: Shape) -> list[Box]:
 def names_by_group(opt: Any, model: nn.Module | None, positions: bool = False) -> list[list[str]]:
     """The names of the parameters of each group: the model's where it has them, else the optimizer's own.
 
-    With `positions` the number of a parameter over all groups is its name if none has another. Raises CheckpointError
-    where a parameter has no name, or two have the same.
+    With `positions` the number of a parameter over all groups is its name, unless the names are numbers themselves.
+    Raises CheckpointError where a parameter has no name, or two have the same.
     """
     known = {} if model is None else {id(p): name for name, p in unwrap(model).named_parameters()}
     own = own_names(opt)
     names = [[known.get(id(p), own.get(id(p))) for p in group["params"]] for group in opt.param_groups]
-    if positions and not any(name for group in names for name in group):
+    if positions and not all(name is not None and name.isdecimal() for group in names for name in group):
         numbers = itertools.count()
         return [[str(next(numbers)) for _ in group] for group in names]
     nameless = [

@@ -31,13 +31,14 @@ class OptTarget:
 
     def __init__(self, manifest: Manifest, opt: Any, model: nn.Module | None, strict: bool = True) -> None:
         self.manifest, self.opt, self.strict = manifest, opt, strict
-        self.names = names_by_group(opt, model, _positions(manifest))
+        self.names = names_by_group(opt, model, has_positions(manifest))
         self.own_names = own_names(opt)
         self.params: list[Tensor] = [p for group in opt.param_groups for p in group["params"]]
         self.match = GroupMatch()
         self.fresh: list[Wanted] = []
         self.again: list[Wanted] = []
-        self.before: dict[str, Any] | None = None
+        self._now: dict[str, Any] = {}
+        self._committing = False
         self._found: list[_Found] = []
         self._skip: set[str] = set()
         self.problems = self._match()
@@ -88,7 +89,8 @@ class OptTarget:
         part = self.manifest.opt
         if self._found or part is None:
             return
-        live = self.opt.state_dict()["state"]
+        self._now = self.opt.state_dict()
+        live = self._now["state"]
         for number, name in enumerate(self._flat):
             if name in part.states and name not in self._skip:
                 for key in part.states[name].tensors:
@@ -137,7 +139,7 @@ class OptTarget:
         part = self.manifest.opt
         assert part is not None
         flat = self._flat
-        now = self.opt.state_dict()
+        now = self._now
         state: dict[int, dict[str, Any]] = {}
         for number, name in enumerate(flat):
             if name in part.states and name not in self._skip:
@@ -171,18 +173,18 @@ class OptTarget:
 
     def commit(self) -> None:
         """Load into the live optimizer. What is read in place keeps its values until it has been read."""
-        self.before = self.opt.state_dict()
+        self._committing = True
         self.opt.load_state_dict(self.state_dict())
 
     def roll_back(self) -> None:
         """Load what was there before `commit`."""
-        if self.before is not None:
-            self.opt.load_state_dict(self.before)
+        if self._committing:
+            self.opt.load_state_dict(self._now)
 
     def aim(self) -> None:
         """Point `again` at the memory that the optimizer holds after `commit`."""
-        now = self.opt.state_dict()["state"]
-        self.before = None
+        self._now = {}
+        now = self.opt.state_dict()["state"] if self.again else {}
         for found, want in zip((f for f in self._found if f.again), self.again, strict=True):
             places = _places(now[found.number][found.key], found.boxes, None)
             if places is None:
@@ -242,7 +244,7 @@ def _goes_along(param: Tensor, shape: Shape) -> bool:
     return sharded_tensor.is_one(param) and tuple(param.shape) == shape
 
 
-def _positions(manifest: Manifest) -> bool:
+def has_positions(manifest: Manifest) -> bool:
     """Whether the names in the checkpoint are mere positions, as of an optimizer without names."""
     part = manifest.opt
     return part is not None and all(name == str(i) for i, name in enumerate(part.params))

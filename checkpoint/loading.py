@@ -97,12 +97,13 @@ def load(
     storage = _open(peers, url, step)
     skipped: list[str] = []
     below: int | None = None
+    parsed: dict[int, Manifest] = {}
     while True:
         number, data, passed = peers.on_first(
-            "looking for the checkpoint", partial(_find, storage, step, below, skipped, on_corrupt)
+            "looking for the checkpoint", partial(_find, storage, step, below, skipped, on_corrupt, parsed)
         )
         skipped += passed
-        work = _Load(peers, storage, from_bytes(data), live)
+        work = _Load(peers, storage, parsed.get(number) or from_bytes(data), live)
         peers.agree("comparing the checkpoint with what it is loaded into", work.prepare)
         work.choose(staging)
         damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
@@ -112,6 +113,8 @@ def load(
             raise CheckpointError(damage)
         skipped.append(damage)
         below = number
+        if peers.rank == 0:
+            catalog.note_damage(storage, number, data, damage)
     for reason in skipped:
         _log.warning("rank %d: loading step %d instead of a newer one: %s", peers.rank, number, reason)
     work.load()
@@ -133,17 +136,25 @@ def _open(peers: Peers, url: str | os.PathLike[str], step: int | None) -> Storag
 
 
 def _find(
-    storage: Storage, step: int | None, below: int | None, skipped: Sequence[str], on_corrupt: str
+    storage: Storage,
+    step: int | None,
+    below: int | None,
+    skipped: Sequence[str],
+    on_corrupt: str,
+    parsed: dict[int, Manifest],
 ) -> tuple[int, bytes, list[str]]:
-    """The step to load, its manifest, and why newer ones (under `below`) are passed over. On rank 0."""
+    """The step to load, its manifest, and why newer ones (under `below`) are passed over. On rank 0, which keeps the
+    manifest in `parsed`."""
     if step is not None:
-        return step, catalog.inspect(storage, step)[1], []
+        parsed[step], data = catalog.inspect(storage, step)
+        return step, data, []
     passed: list[str] = []
     for number in catalog.step_numbers(storage):
         if below is not None and number >= below:
             continue
         found = catalog.look(storage, number)
         if found.complete:
+            parsed[number] = found.raise_problem()
             return number, found.data, passed
         passed.append(str(found.problem))
         if on_corrupt == "raise" and MANIFEST in found.sizes:  # one without was never completed

@@ -294,21 +294,27 @@ def _boxes(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shar
 
 def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
     """Every run written out. A file holds one part of a tensor, so that there can be no more parts than files."""
-    columns: list[list[Any]] = [[], [], []]
-    parts = 0
+    single: list[tuple[int, int, int]] = []
+    runs: list[Column] = []
+    parts, total = 0, math.prod(shape)
     for row in rows:
         _need(len(row) in (3, 6), where, f"a part with {len(row)} fields")
-        file, start, count = (_int(n, where) for n in row[:3])
-        times, far, step = (_int(n, where) for n in (row[3:] or (1, 0, 0)))
+        if not all(type(n) is int and 0 <= n <= _LARGEST for n in row):
+            raise CheckpointError(f"{where}: a part is given in whole numbers, got {str(row)[:80]}")
+        file, start, count = row[:3]
+        times, far, step = row[3:] or (1, 0, 0)
         parts += times
         _need(times >= 1 and parts <= files, where, f"more parts than the {files} files")
         _need(file + (times - 1) * far < files, where, "a part in a file that is not listed")
         last = start + (times - 1) * step
-        _need(last + count <= math.prod(shape), where, f"elements {last} to {last + count} are outside shape {shape}")
-        lane = np.arange(times, dtype=np.int64)
-        for column, numbers in zip(columns, (file + lane * far, start + lane * step, lane * 0 + count), strict=True):
-            column.append(numbers)
-    return Shards.intervals(shape, *(np.concatenate(column) if column else [] for column in columns))
+        _need(last + count <= total, where, f"elements {last} to {last + count} are outside shape {shape}")
+        if times == 1:
+            single.append((file, start, count))
+        else:
+            lane = np.arange(times, dtype=np.int64)
+            runs.append(np.stack([file + far * lane, start + step * lane, np.full_like(lane, count)]))
+    columns = np.concatenate([np.array(single, dtype=np.int64).reshape(-1, 3).T, *runs], axis=1)
+    return Shards.intervals(shape, *columns)
 
 
 def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,8 +19,8 @@ from .records import Manifest
 from .shards import flat_index
 from .storage import Storage
 
-_AT_ONCE = 16  # requests in flight, of at most 16 MiB each
-_VERIFIED_AT_ONCE = 1 << 20  # bytes that a thread holds at least while it only verifies
+_AT_ONCE = 8  # requests in flight, of at most 16 MiB each
+_IN_CACHE = 1 << 20  # bytes that are read before their checksums are looked at: a processor's cache still has them
 
 
 @dataclass
@@ -81,11 +81,12 @@ class _Reader:
 
     def _check(self, request: Read) -> None:
         block = self.manifest.block
-        scratch = torch.empty(min(request.stop - request.start, max(block, _VERIFIED_AT_ONCE)), dtype=torch.uint8)
+        scratch = torch.empty(min(request.stop - request.start, max(block, _IN_CACHE)), dtype=torch.uint8)
+        check = _Check(self, request)
+        path = self.manifest.files[request.file].path
         for start in range(request.start, request.stop, scratch.numel()):
-            view = memory(scratch)[: request.stop - start]
-            self.storage.read_into(self.manifest.files[request.file].path, start, [view])
-            self._verify(request, start, [view])
+            self.storage.read_into(path, start, [memory(scratch)[: request.stop - start]], check)
+        check.finish()
 
     def _read(self, request: Read) -> None:
         """Read, verify, and put the elements where they belong."""
@@ -104,8 +105,10 @@ class _Reader:
             at = stop
         if at < request.stop:
             views += self._aside(request, at, request.stop, later)
-        self.storage.read_into(self.manifest.files[request.file].path, request.start, views)
-        self._verify(request, request.start, views)
+        check = _Check(self, request)
+        pieces = [view[at : at + _IN_CACHE] for view in views for at in range(0, len(view), _IN_CACHE)]
+        self.storage.read_into(self.manifest.files[request.file].path, request.start, pieces, check)
+        check.finish()
         for use, start, stop, data in later:
             self._scatter(use, start, stop, data)
 
@@ -134,23 +137,6 @@ class _Reader:
             return None
         return memory(buffer)[first * use.itemsize : first * use.itemsize + stop - start]
 
-    def _verify(self, request: Read, start: int, views: Sequence[memoryview]) -> None:
-        """Compare the checksums of the blocks that `views` hold, one after the other, from byte `start` on."""
-        file = self.manifest.files[request.file]
-        block = self.manifest.block
-        number = (start - file.header) // block
-        for digest in _digests(views, block):
-            if digest != file.blocks[16 * number : 16 * number + 16]:
-                first = file.header + number * block
-                last = min(first + block, file.bytes)
-                keys = sorted({self.targets[u.target][0] for u in request.uses if u.at < last and u.stop > first})
-                of = " and ".join(repr(key) for key in keys[:3]) or "no tensor that was asked for"
-                raise CheckpointError(
-                    f"{self.storage.url}/{file.path} is damaged: bytes {first} to {last}, of {of}, do not have the "
-                    f"checksum they were saved with"
-                )
-            number += 1
-
     def _scatter(self, use: Use, start: int, stop: int, data: Tensor) -> None:
         """Copy the bytes `start` to `stop` of the file to the part of the wanted box that they belong to."""
         key, target, buffer = self.targets[use.target]
@@ -167,24 +153,53 @@ class _Reader:
                 buffer[common.relative_to(target).slices].copy_(part[common.relative_to(box).slices])
 
 
-def _digests(views: Sequence[memoryview], block: int) -> Iterator[str]:
-    """The digest of every `block` bytes of the views, taken as one; the last block may be shorter."""
-    hasher, room = xxhash.xxh3_64(), block
-    for view in views:
+class _Check:
+    """Compares the checksums of the blocks of a request with those in the manifest, as the bytes come in."""
+
+    def __init__(self, reader: _Reader, request: Read) -> None:
+        self.reader, self.request = reader, request
+        self.block = reader.manifest.block
+        self.file = reader.manifest.files[request.file]
+        self.number = (request.start - self.file.header) // self.block
+        self.hasher, self.room = xxhash.xxh3_64(), self.block
+
+    def __call__(self, view: memoryview) -> None:
+        """The next bytes."""
         at = 0
         while at < len(view):
-            chunk = view[at : at + room]
+            chunk = view[at : at + self.room]
             at += len(chunk)
-            if len(chunk) == block:
-                yield xxhash.xxh3_64_hexdigest(chunk)
+            if len(chunk) == self.block:
+                self._compare(xxhash.xxh3_64_hexdigest(chunk))
                 continue
-            hasher.update(chunk)
-            room -= len(chunk)
-            if not room:
-                yield hasher.hexdigest()
-                hasher, room = xxhash.xxh3_64(), block
-    if room < block:
-        yield hasher.hexdigest()
+            self.hasher.update(chunk)
+            self.room -= len(chunk)
+            if not self.room:
+                self._last()
+
+    def finish(self) -> None:
+        """There are no more: the last block may be shorter."""
+        if self.room < self.block:
+            self._last()
+
+    def _last(self) -> None:
+        self._compare(self.hasher.hexdigest())
+        self.hasher, self.room = xxhash.xxh3_64(), self.block
+
+    def _compare(self, digest: str) -> None:
+        number, file = self.number, self.file
+        self.number += 1
+        if digest == file.blocks[16 * number : 16 * number + 16]:
+            return
+        first = file.header + number * self.block
+        last = min(first + self.block, file.bytes)
+        targets = self.reader.targets
+        keys = sorted({targets[use.target][0] for use in self.request.uses if use.at < last and use.stop > first})
+        of = " and ".join(repr(key) for key in keys[:3]) or "no tensor that was asked for"
+        raise CheckpointError(
+            f"{self.reader.storage.url}/{file.path} is damaged: bytes {first} to {last}, of {of}, do not have the "
+            f"checksum they were saved with"
+        )
 
 
 def _one_place(boxes: Sequence[Box], target: Box) -> int | None:

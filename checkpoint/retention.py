@@ -141,7 +141,7 @@ def carry_out(storage: Storage, plan: Plan) -> None:
 
 def _ours(name: str) -> bool:
     """Whether a file in a step folder was written by this library, the manifest aside."""
-    return name == INDEX or bool(FILE_NAME.fullmatch(name)) or name.startswith((*_TEMPORARY, "verified-"))
+    return name == INDEX or bool(FILE_NAME.fullmatch(name)) or name.startswith((*_TEMPORARY, "verified-", "damaged-"))
 
 
 def _leftovers(storage: Storage, everything: list[Found], grace: float) -> tuple[str, ...]:

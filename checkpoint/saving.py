@@ -11,10 +11,10 @@ import math
 import numbers
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ from .records import (
     ModelPart,
     OptPart,
     ParamStates,
+    StoredTensor,
     file_key,
     model_key,
     rng_key,
@@ -57,8 +58,12 @@ from .writing import FileRecord, Writer
 # 4. The outcome goes to every rank. After an error each rank removes its files, unless a manifest may refer to them.
 
 
+Url = str | os.PathLike[str]
+
+
+@overload
 def save(
-    url: str | os.PathLike[str],
+    what: Url,
     *,
     step: int,
     model: nn.Module | None = None,
@@ -69,8 +74,39 @@ def save(
     extra: Json = None,
     reuse: bool = True,
     group: dist.ProcessGroup | None = None,
+) -> str: ...
+
+
+@overload
+def save(
+    what: Mapping[str, Any],
+    url: Url,
+    *,
+    step: int | None = None,
+    extra: Json = None,
+    reuse: bool = True,
+    group: dist.ProcessGroup | None = None,
+) -> str: ...
+
+
+def save(
+    what: Url | Mapping[str, Any],
+    url: Url | None = None,
+    *,
+    step: int | None = None,
+    model: nn.Module | None = None,
+    opt: torch.optim.Optimizer | None = None,
+    scheduler: Any = None,
+    scaler: Any = None,
+    loader: Any = None,
+    extra: Json = None,
+    reuse: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> str:
-    """Save a checkpoint of `step` under the root `url` (a path or any fsspec URL) and return the step folder's URL.
+    """Save a checkpoint of `step` under a root (a path or any fsspec URL) and return the step folder's URL.
+
+    `save(url, step=, ...)` saves the objects given; `save(state_dict, url)` the state dict of an optimizer, sharded or
+    not, or of a model, to be read with `fastopt.checkpoint.open` (without `step` as the step after the newest).
 
     model: its parameters and buffers, as its state dict names them (buffers may differ between ranks: those of rank 0
     are saved). opt: groups, hyper-parameters, freezing and states.
@@ -85,7 +121,16 @@ def save(
     checkpoints before are as they were and this one does not exist. A step is never overwritten.
     """
     peers = Peers(group)
-    work = Save(peers, url, step, Parts(model, opt, scheduler, scaler, loader, extra))
+    if isinstance(what, Mapping):
+        if url is None or any(each is not None for each in (model, opt, scheduler, scaler, loader)):
+            raise TypeError("a state dict is saved as save(state_dict, url), without model, opt and the others")
+        work = Save(peers, url, step, Parts(state_dict=what, extra=extra))
+    else:
+        if url is not None:
+            raise TypeError("save(url, step=..., model=..., opt=...) takes one URL")
+        if step is None:
+            raise CheckpointError("step must be a whole number from 0, got None")
+        work = Save(peers, what, step, Parts(model, opt, scheduler, scaler, loader, extra))
     work.prepare()
     return work.finish(work.items(), reuse)
 
@@ -100,6 +145,7 @@ class Parts:
     scaler: Any = None
     loader: Any = None
     extra: Json = None
+    state_dict: Mapping[str, Any] | None = None
 
 
 class Save:
@@ -108,9 +154,11 @@ class Save:
     storage: Storage
     folder = ""
 
-    def __init__(self, peers: Peers, url: str | os.PathLike[str], step: int, parts: Parts) -> None:
+    def __init__(self, peers: Peers, url: Url, step: int | None, parts: Parts) -> None:
         self.peers = peers
-        self.url, self.step, self.parts = url, step, parts
+        self.url, self.parts = url, parts
+        self.step = -1 if step is None else step
+        self._choose = step is None
         self.snapshot = Snapshot()
         self.values: dict[str, Json] = {"scheduler": None, "scaler": None}
         self.loader: tuple[Json, ...] = ()
@@ -125,7 +173,12 @@ class Save:
 
     def prepare(self) -> None:
         """Look at everything, compare the ranks and share out the work. Writes nothing. Collective."""
+        if self._choose:
+            self.step = self.peers.on_first("choosing a step", self._next_step)
         self._plan(self.peers.agree("gathering what to save", self._collect))
+
+    def _next_step(self) -> int:
+        return max(catalog.step_numbers(open_storage(self.url)), default=-1) + 1
 
     def _collect(self) -> dict[str, Json]:
         if not isinstance(self.step, numbers.Integral) or isinstance(self.step, bool) or self.step < 0:
@@ -140,14 +193,14 @@ class Save:
             gather.take_model(self.snapshot, parts.model)
         if parts.opt is not None:
             gather.take_optimizer(self.snapshot, parts.opt, parts.model)
-        generators = rng.capture()
+        if parts.state_dict is not None:
+            gather.take_state_dict(self.snapshot, parts.state_dict)
+        generators = {} if parts.state_dict is not None else rng.capture()
         gather.take_rng(self.snapshot, self.peers.rank, generators)
         self.storage = open_storage(self.url)
         self.folder = step_folder(self.step)
-        if self.peers.rank == 0 and MANIFEST in self.storage.sizes(self.folder):
-            raise CheckpointError(
-                f"step {self.step} is already saved at {self.storage.url}/{self.folder}; nothing was overwritten"
-            )
+        if self.peers.rank == 0:
+            catalog.make_way(self.storage, self.step)
         return {
             "url": self.storage.url,
             "step": self.step,
@@ -300,7 +353,7 @@ class Save:
             files=files,
             tensors=tensors,
             model=_model_part(self.snapshot.about["model"]),
-            opt=_opt_part(opt, self.states),
+            opt=_opt_part(opt, self.states, tensors),
             scheduler=self.values["scheduler"],
             scaler=self.values["scaler"],
             loader=self.loader,
@@ -346,12 +399,13 @@ def _model_part(about: Json) -> ModelPart | None:
     return about and ModelPart(tuple(about["order"]), about["aliases"], about["values"])
 
 
-def _opt_part(about: Json, states: dict[str, dict[str, Json]]) -> OptPart | None:
+def _opt_part(about: Json, states: dict[str, dict[str, Json]], tensors: Mapping[str, StoredTensor]) -> OptPart | None:
+    """What the optimizer held. A state without elements of a parameter of unknown shape is left out."""
     if about is None:
         return None
     parts = {
         name: ParamStates(
-            tuple(key for key, (kind, *_) in state.items() if kind != "value"),
+            tuple(key for key, (kind, *_) in state.items() if kind != "value" and state_key(name, key) in tensors),
             {key: content[0] for key, (kind, *content) in state.items() if kind == "value"},
         )
         for name, state in states.items()

@@ -54,9 +54,10 @@ class Shards:
     @classmethod
     def intervals(cls, shape: Shape, file: Any, start: Any, count: Any) -> Shards:
         """Parts that are intervals; where they are in their files is left for `placed`."""
-        columns = [np.asarray(column, dtype=np.int64) for column in (file, start, count)]
-        order = np.argsort(columns[1], kind="stable")
-        file, start, count = (column[order] for column in columns)
+        file, start, count = (np.asarray(column, dtype=np.int64) for column in (file, start, count))
+        if len(start) > 1:
+            order = np.argsort(start, kind="stable")
+            file, start, count = file[order], start[order], count[order]
         return cls(shape, file, np.zeros_like(file), start, count)
 
     @classmethod
@@ -102,7 +103,7 @@ class Shards:
 
     def check(self, where: str) -> None:
         """Raise CheckpointError unless the parts cover the tensor exactly once, no two in one file."""
-        if len(np.unique(self.file)) != len(self.file):
+        if len(self) > 1 and len(set(self.file.tolist())) != len(self):
             raise CheckpointError(f"{where}: two of its parts are in the same file")
         if self.boxes is not None:
             check_cover(where, self.shape, self.boxes)

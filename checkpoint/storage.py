@@ -50,8 +50,13 @@ class Storage(Protocol):
     def publish(self, path: str, data: bytes) -> None:
         """Write a new file that appears whole or not at all. FileExistsError where there is one."""
 
-    def read_into(self, path: str, start: int, targets: Sequence[memoryview]) -> None:
-        """Fill the `targets`, one after the other, with the bytes of the file from `start` on, in one request."""
+    def read_into(
+        self, path: str, start: int, targets: Sequence[memoryview], each: Callable[[memoryview], None] | None = None
+    ) -> None:
+        """Fill the `targets`, one after the other, with the bytes of the file from `start` on, in one request.
+
+        `each` is called with every target when it is full, in their order, soon enough to find it in the cache.
+        """
 
     def read_all(self, path: str) -> bytes:
         """The whole of a file."""
@@ -150,16 +155,21 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
         _sync(place.parent)
 
-    def read_into(self, path: str, start: int, targets: Sequence[memoryview]) -> None:
+    def read_into(
+        self, path: str, start: int, targets: Sequence[memoryview], each: Callable[[memoryview], None] | None = None
+    ) -> None:
         """See Storage; straight into the targets, without a copy."""
         with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
             for target in targets:
-                while target:
-                    got = file.readinto(target)
+                left = target
+                while left:
+                    got = file.readinto(left)
                     if not got:
-                        raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {len(target)} more")
-                    target = target[got:]
+                        raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {len(left)} more")
+                    left = left[got:]
+                if each is not None:
+                    each(target)
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""
@@ -298,7 +308,9 @@ class RemoteStorage:
             for at in steps
         )
 
-    def read_into(self, path: str, start: int, targets: Sequence[memoryview]) -> None:
+    def read_into(
+        self, path: str, start: int, targets: Sequence[memoryview], each: Callable[[memoryview], None] | None = None
+    ) -> None:
         """See Storage."""
         size = sum(len(target) for target in targets)
         if not size:
@@ -312,6 +324,8 @@ class RemoteStorage:
         for target in targets:
             target[:] = data[at : at + len(target)]
             at += len(target)
+            if each is not None:
+                each(target)
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""

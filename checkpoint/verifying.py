@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from .catalog import find, look, verified_mark
+from .catalog import Found, damaged_mark, find, look, note_damage, verified_mark
 from .dtypes import DTYPES
 from .errors import CheckpointError, StorageError
 from .manifest import from_bytes
@@ -47,25 +47,38 @@ def verify(
 ) -> Verified:
     """Read all of the checkpoint of `step` (default: the newest complete one) under `url` and check every byte.
 
-    mark: leave a note beside a sound one, so that `prune` never removes the newest of these; where the storage cannot
-    be written to there is none. A checkpoint that is not complete is a problem and no error. Not collective.
+    mark: leave a note beside a sound one, so that `prune` never removes the newest of these, and beside a damaged one,
+    which then counts as not complete; where the storage cannot be written to there is none. A checkpoint that is not
+    complete is a problem and no error. Not collective.
     Raises CheckpointError where there is none, StorageError where the storage is out of reach.
     """
     storage = open_storage(url)
     if step is None:
         step = from_bytes(find(storage, None)[1]).step
-    found = look(storage, step)
+    found = look(storage, step, notes=False)
     if MANIFEST not in found.sizes:
         found.raise_problem()
     if found.problem is not None or found.manifest is None:
         return Verified(step, found.url, 0, 0, (str(found.problem),))
     manifest = found.manifest
     problems = _Reader(storage, manifest, progress).problems()
+    if mark:
+        _note(storage, found, problems)
     problems += _index(storage, manifest, found.sizes)
-    if mark and not problems and not found.verified:
-        with contextlib.suppress(OSError, StorageError):  # the answer is worth more than the note
-            storage.publish(f"{step_folder(step)}/{verified_mark(found.data)}", b"{}")
     return Verified(step, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
+
+
+def _note(storage: Storage, found: Found, problems: list[str]) -> None:
+    """Leave the note that belongs there and remove the other; the answer is worth more than the note."""
+    folder = step_folder(found.step)
+    if problems:
+        note_damage(storage, found.step, found.data, "\n".join(problems))
+        return
+    with contextlib.suppress(OSError, StorageError):
+        if damaged_mark(found.data) in found.sizes:
+            storage.remove(f"{folder}/{damaged_mark(found.data)}")
+        if not found.verified:
+            storage.publish(f"{folder}/{verified_mark(found.data)}", b"{}")
 
 
 class _Reader:

@@ -5,7 +5,9 @@ See [Note: unchanged files].
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 
@@ -26,6 +28,7 @@ from .storage import Storage
 
 PART_BYTES = 512 << 20
 LEAST_REUSED = 1 << 20
+_AT_ONCE = 2  # files
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,14 @@ class Writer:
         self.storage, self.folder, self.origin, self.block = storage, folder, origin, block
         self.created: list[str] = []
         self._parts = {"model": 0, "s": 0}
+        self._lock = threading.Lock()
 
     def write(self, items: Sequence[Item], base: Manifest | None = None) -> list[FileRecord]:
         """Write `items`: the model's apart from all others, and those of frozen parameters apart from the rest.
 
         base: an earlier checkpoint whose files may be used again.
         """
-        records = []
+        jobs: list[tuple[str, list[Item]]] = []
         if base is not None and (base.block != self.block or base.step >= self.origin.step):
             base = None
         for kind in ("model", "s"):
@@ -62,16 +66,19 @@ class Writer:
                 chosen = [i for i in items if i.key.startswith("model/") == (kind == "model") and i.frozen is frozen]
                 boxes = [(i.key, i.box, i.data.element_size()) for i in chosen]
                 for part in pack(boxes, PART_BYTES, cut=kind != "model"):
-                    records.append(self._file(kind, [_cut(chosen[w.source], w) for w in part], base))
-        return records
+                    jobs.append((kind, [_cut(chosen[w.source], w) for w in part]))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:  # the next is written while the one before is being synced
+            done = [pool.submit(self._file, kind, cuts, base) for kind, cuts in jobs]
+            return [each.result() for each in done]
 
     def _file(self, kind: str, items: list[Item], base: Manifest | None) -> FileRecord:
         body = Body(items, self.block)
         found = None if base is None else _unchanged(base, items, body)
         if found is not None:
             return FileRecord(kind, _part_of(found.name), found, items)
-        part = self._parts[kind]
-        self._parts[kind] += 1
+        with self._lock:
+            part = self._parts[kind]
+            self._parts[kind] += 1
         origin = Origin(**{**vars(self.origin), "kind": kind, "part": part})
         head = header(items, origin)
         path = f"{self.folder}/{origin.file_name}"

@@ -19,7 +19,7 @@ from ..hypers import Group
 from ..optimizer import Optimizer
 from ..pieces import Box
 from ..state import flags_of
-from ..state_dict import load_state_dict, pack
+from ..state_dict import load_state_dict, pack, resolved
 from .agreement import Agreement
 from .around import AroundOptimizer, refuse
 from .buckets import Buffers
@@ -406,6 +406,9 @@ class ShardedOptimizer(AroundOptimizer):
             elif p in self.state and (held := self._held(p)).owned:
                 shown[p] = {key: held.show(value) for key, value in self.state[p].items()}
         packed = pack(self.param_groups, shown)
+        names = [spec.name for spec in self.layout.params]
+        for group in packed["param_groups"]:
+            group["param_names"] = [names[i] for i in group["params"]]
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = post_hook(self, packed) or packed
         return packed
@@ -419,6 +422,9 @@ class ShardedOptimizer(AroundOptimizer):
         Raises:
             ValueError: groups, members, names, shapes or pieces differ from what this rank holds.
         """
+        state_dict = dict(resolved(self, state_dict))
+        if "param_groups" in state_dict:
+            state_dict["param_groups"] = self._unnamed(state_dict["param_groups"])
         load_state_dict(self, state_dict)  # type: ignore[arg-type]  # has all that it asks an Optimizer for
         self._drop_foreign_state()
         self._consolidated = None
@@ -426,6 +432,22 @@ class ShardedOptimizer(AroundOptimizer):
     def _watch_groups(self) -> None:
         """Leave that to the optimizer within, whose groups these are."""
         self.opt._watch_groups()
+
+    def _unnamed(self, groups: Any) -> Any:
+        """Groups of a state dict without the names that `state_dict` has added to them, which must be these."""
+        if not isinstance(groups, list) or len(groups) != len(self.param_groups):
+            return groups
+        loaded, names = [], iter(spec.name for spec in self.layout.params)
+        for number, (group, live) in enumerate(zip(groups, self.param_groups, strict=True)):
+            own = [next(names) for _ in live["params"]]
+            if isinstance(group, Mapping) and "param_names" in group and "param_names" not in live:
+                if list(group["param_names"]) != own:
+                    raise ValueError(
+                        f"group {number} of the state dict has other parameters than {own}, or in another order"
+                    )
+                group = {key: value for key, value in group.items() if key != "param_names"}
+            loaded.append(group)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def pack(groups: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> dict[st
 
 def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Replace state, hyper-parameters and freezing of `opt`; nothing changes if `state_dict` does not fit."""
-    state_dict = dict(state_dict)
+    state_dict = dict(resolved(opt, state_dict))
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(opt, state_dict) or state_dict
     if "hypers" in state_dict:
@@ -71,6 +71,12 @@ def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
         opt._freeze_group(i, groups[i].get("frozen", False))
     for post_hook in opt._optimizer_load_state_dict_post_hooks.values():
         post_hook(opt)
+
+
+def resolved(opt: Any, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state dict itself, or what one that is not in memory yet (with a method `for_optimizer`) reads for `opt`."""
+    fit = getattr(state_dict, "for_optimizer", None)
+    return state_dict if fit is None else cast("Mapping[str, Any]", fit(opt))
 
 
 def _checked_groups(saved: Any) -> list[Mapping[str, Any]]:

@@ -42,6 +42,10 @@ DEFAULT_MODELS = {
 }
 FIRST_RULES = ("Adam", "Lamb", "ranger", "user")
 """Whose first step is timed in fresh processes: elementwise, with norms, with steps that differ, and a user's own."""
+DEFAULT_RULES = {
+    "cuda": "Adam,SGD,RAdam,Lamb,Larc,ranger,user",
+    "cpu": ",".join(rivals.RULES),
+}
 
 
 def arguments() -> argparse.Namespace:
@@ -49,9 +53,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--models", help="comma-separated, of: " + ", ".join(MODELS))
-    parser.add_argument(
-        "--rules", default=",".join(rivals.RULES), help="comma-separated, of: " + ", ".join(rivals.RULES)
-    )
+    parser.add_argument("--rules", help="comma-separated, of: " + ", ".join(rivals.RULES) + "; without: the usual ones")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each optimizer, fewer for slow ones")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long each optimizer is timed")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no row is started")
@@ -64,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
     args = parser.parse_args()
     args.models = (args.models or DEFAULT_MODELS[args.device]).split(",")
-    args.rules = args.rules.split(",")
+    args.rules = (args.rules or DEFAULT_RULES[args.device]).split(",")
     for name, known in (("models", MODELS), ("rules", rivals.RULES)):
         if unknown := [value for value in getattr(args, name) if value not in known]:
             parser.error(f"--{name}: {unknown[0]!r} is none of {', '.join(known)}")
@@ -85,7 +87,7 @@ def device_name(device: str) -> str:
 def versions() -> dict[str, str]:
     """Of everything that matters here."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "numba", "llvmlite"):
+    for package in ("triton", "llvmlite"):
         if importlib.util.find_spec(package):
             found[package] = importlib.metadata.version(package)
     return found | rivals.versions()

@@ -33,10 +33,10 @@ states, hyper-parameters, extra) is n, so that a mix of two steps cannot hide.
 KILLS = """
 ## kill -9
 
-One to three ranks save step after step, in 2 of 5 rounds in the background. One of them, or all, are killed at a random
-moment of the first to third save; the next round saves the lost step again, beside what the dead left behind. Each time
-the newest checkpoint was loaded: it was whole, and the step whose save was interrupted or the one before. Each rank
-that survived raised an error.
+One to three ranks save step after step, in 2 of 5 rounds in the background. One of them, or all, are killed at a
+random moment of the first to third save; the next round saves the lost step again, beside what the dead left behind.
+Each time the newest checkpoint was loaded: it was whole, and the step whose save was interrupted or the one before.
+Each rank that survived raised an error.
 
 | storage | rounds | the new step | the one before | mixed or lost | errors on survivors | slowest | minutes |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
@@ -45,8 +45,8 @@ FLIPS = """
 ## A flipped bit
 
 In a checkpoint of two ranks, one bit at a time. Where loading refused it, loading the newest gave the one before. Where
-loading went through it gave every element as it was saved: the byte is not needed for it. `fastopt checkpoint verify`
-found every one.
+loading went through it gave every element as it was saved: the byte is not needed for it.
+`fastopt checkpoint verify` found every one.
 
 | where | bits | loading refused | not needed for loading | not found by verify |
 | --- | ---: | ---: | ---: | ---: |

@@ -41,7 +41,7 @@ def test_the_readme_has_the_blocks_that_are_run_here() -> None:
 def test_single_process(code: str, tmp_path: Path) -> None:
     (tmp_path / "example.py").write_text(code)
     printed = run_command(sys.executable, tmp_path / "example.py", cwd=tmp_path).stdout
-    assert ("foreach" if "opt.engine" in code else "lr") in printed
+    assert ("executor" if "opt.engine" in code else "lr") in printed
 
 
 def test_many_ranks(tmp_path: Path) -> None:

@@ -50,10 +50,17 @@ class Recorded:
 
 
 class Row(tuple[Any, ...]):
-    """The scalars of one recording for one combination of numbers, with the new Python entries of the state."""
+    """The scalars of one recording for one combination of numbers, with the new Python entries of the state.
+
+    Attributes:
+        recorded: the recording.
+        states: the new Python entries of the state.
+        kind: of the parameters that step with this row.
+    """
 
     recorded: Recorded
     states: dict[str, Any]
+    kind: Kind
 
 
 class Chain:
@@ -102,11 +109,9 @@ class Chain:
         """
         if self.refusal is not None:
             return self.refusal
-        known = self._recorded.setdefault(kind, [])
-        for recorded in known:
-            values = recorded.evaluate(hypers, state)
-            if values is not None:
-                return _row(recorded, *values)
+        row = self.known(kind, hypers, state)
+        if row is not None:
+            return row
         refusals = self._refused.setdefault(kind, [])
         if len(refusals) == _ATTEMPTS:
             return refusals[-1]
@@ -118,9 +123,18 @@ class Chain:
         values = recorded.evaluate(hypers, state)
         if values is None:  # a guard on a nan
             return "a number of the chain is not equal to itself"
+        known = self._recorded.setdefault(kind, [])
         known.append(recorded)
         del known[:-_KEPT]
-        return _row(recorded, *values)
+        return _row(recorded, kind, *values)
+
+    def known(self, kind: Kind, hypers: Mapping[str, Any], state: Mapping[str, Any]) -> Row | None:
+        """As `lookup`, from the recordings that there are; of the state only the numbers are looked at."""
+        for recorded in self._recorded.get(kind, ()):
+            values = recorded.evaluate(hypers, state)
+            if values is not None:
+                return _row(recorded, kind, *values)
+        return None
 
     def programs(self) -> tuple[Program, ...]:
         """The different programs recorded so far."""
@@ -184,9 +198,9 @@ class Chain:
         )
 
 
-def _row(recorded: Recorded, values: tuple[Any, ...], states: dict[str, Any]) -> Row:
+def _row(recorded: Recorded, kind: Kind, values: tuple[Any, ...], states: dict[str, Any]) -> Row:
     row = Row(values)
-    row.recorded, row.states = recorded, states
+    row.recorded, row.kind, row.states = recorded, kind, states
     return row
 
 

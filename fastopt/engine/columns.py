@@ -64,13 +64,13 @@ def evaluate_columns(
     try:
         with np.errstate(divide="raise", invalid="raise", over="ignore", under="ignore"):
             found = evaluate(hypers, state)
+            table = np.empty((0 if found is None else len(found[0]), n_rows))
+            for slot, value in enumerate(() if found is None else found[0]):
+                table[slot] = value
     except (ArithmeticError, ValueError, TypeError):  # Python's numbers say what is wrong, row by row
         return None
     if found is None or any(isinstance(x, np.ndarray) and x.dtype != np.float64 for x in found[1].values()):
         return None
-    table = np.empty((len(found[0]), n_rows))
-    for slot, value in enumerate(found[0]):
-        table[slot] = value
     return table, found[1]
 
 
@@ -86,8 +86,16 @@ def _each(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     return apply
 
 
+def _divide(x: Any, y: Any) -> Any:
+    """`x / y`, which is an error wherever Python says so: numpy finds that infinity by zero is infinity."""
+    if np.any(np.equal(y, 0)):
+        raise ZeroDivisionError
+    return x / y
+
+
 #: What the generated function calls where an operation on whole columns would differ from Python's.
 SCOPE: dict[str, Any] = {
+    "divide": _divide,
     "each_pow": _each(operator.pow),
     "each_floordiv": _each(operator.floordiv),
     "each_mod": _each(operator.mod),

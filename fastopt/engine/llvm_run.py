@@ -20,8 +20,8 @@ from .program import Program
 from .work import Reduce
 from .workers import share_out
 
-#: Chunks per piece of work that a thread takes at a time.
-_PIECE = 16
+#: Least and most chunks of a piece of work, which a thread takes at a time.
+_PIECE = 8, 64
 #: Chunks of the largest tensor of which a thread makes all passes before the next one: two million elements.
 _SMALL = 256
 
@@ -76,7 +76,11 @@ class _Cut:
 
     def threads(self) -> int:
         """How many threads to use: as many as torch does, but one where the others would come too late to help."""
-        return torch.get_num_threads() if len(self.tensors) > _PIECE // 4 else 1
+        return torch.get_num_threads() if len(self.tensors) > _PIECE[0] else 1
+
+    def piece(self) -> int:
+        """Chunks per piece of work: few enough for all threads to finish together."""
+        return max(_PIECE[0], min(_PIECE[1], len(self.tensors) // (8 * self.threads())))
 
     def ranges(self, threads: int) -> tuple[list[_Range], list[_Range]]:
         """Ranges of tensors that a thread steps one by one, and of tensors that are too large for that."""
@@ -179,8 +183,9 @@ class LoopRun:
             functions[f"scalars_{k}"](first, last, at)
         if f"sweep_{k}" in functions:
             sweep, start, end = functions[f"sweep_{k}"], *map(int, self.cut.chunks[[first, last]])
-            starts = range(start, end, _PIECE)
-            share_out(lambda i: sweep(starts[i], min(starts[i] + _PIECE, end), at), len(starts), self.cut.threads())
+            piece = self.cut.piece()
+            starts = range(start, end, piece)
+            share_out(lambda i: sweep(starts[i], min(starts[i] + piece, end), at), len(starts), self.cut.threads())
         if f"totals_{k}" in functions:
             functions[f"totals_{k}"](first, last, at)
 

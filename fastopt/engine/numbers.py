@@ -36,6 +36,7 @@ _FORMS = {
 }
 #: The same over columns of numbers, where it differs.
 _COLUMN_FORMS = {
+    "/": "divide({0}, {1})",
     "//": "each_floordiv({0}, {1})",
     "%": "each_mod({0}, {1})",
     "**": "each_pow({0}, {1})",

@@ -70,6 +70,14 @@ class Cohort:
         cohort.fresh = {place: [made[i] for i in indices] for place, made in self.fresh.items()}
         return cohort
 
+    def with_program(self, program: Program) -> Cohort:
+        """The same parameters for another program; its scalars are still to be set."""
+        cohort = Cohort(program)
+        cohort.params, cohort.states, cohort.row_index = self.params, self.states, self.row_index
+        cohort.rows, cohort.hypers, cohort.groups = self.rows, self.hypers, self.groups
+        cohort.looked, cohort.storing = self.looked, self.storing
+        return cohort
+
     def scalars(self) -> NDArray[np.float64]:
         """The rows of scalars as `[n_slots, n_rows]`."""
         if self.table is not None:

@@ -29,7 +29,13 @@ from .work import GroupWork, Reduce
 NOT_ADDITIVE = "a reduction that cannot be added up over processes"
 
 #: Why a chain that can be recorded runs `eager`.
-AS_IT_IS = "on the CPU a chain with norms is faster as it is than in blocks"
+AS_IT_IS = "on CPUs, where it is not compiled, a chain with norms or few operations is faster as it is than in blocks"
+
+#: Operations on tensors from which on blocks that stay in the cache are worth it.
+_MANY = 6
+
+#: Steps as it is after which a chain is looked at again: its numbers may lead it elsewhere, as those of RAdam do.
+_AGAIN = 32
 
 
 class Engine:
@@ -50,6 +56,7 @@ class Engine:
         self._whole: Whole | None = None
         #: Whether everything in the last step was recorded, so that no cb has received a tensor of the state.
         self.recorded = False
+        self._as_it_is = 0  # how many more steps the chain runs as it is
 
     def run(
         self,
@@ -130,9 +137,15 @@ class Engine:
             return
         self._steady = self._whole = None
         self._add_masters(work)
+        if self._as_it_is and name is None and not recorded and launch and _on_cpu(work):
+            self._as_it_is -= 1
+            run_eager(cbs, work, reduce)
+            self._note(work, "eager", AS_IT_IS)
+            return
         cohorts, refused = make_cohorts(chain, work)
         _only_kernels_replay(launch or not refused)
         if name is None and not recorded and _better_as_it_is(cohorts):
+            self._as_it_is = _AGAIN
             run_eager(cbs, work, reduce)
             self._note(work, "eager", AS_IT_IS)
             return
@@ -149,7 +162,7 @@ class Engine:
         self._note(work, None, reason, refused)
         self.recorded = not refused
         if not refused:
-            self._steady = Steady(work, cohorts, set(self._used.values()) == {"triton"})
+            self._steady = Steady(work, cohorts, chain, set(self._used.values()) == {"triton"})
             if not self._steady.reusable:
                 self._steady = None
 
@@ -250,7 +263,7 @@ class Engine:
             or any(a is not b for a, b in zip(self._chain.cbs, cbs, strict=True))
         ):
             self._chain = Chain(cbs)
-            self._steady = None
+            self._steady, self._as_it_is = None, 0
         if self._chain.refresh():
             self._steady = None
         return self._chain
@@ -279,6 +292,14 @@ def _reduces(cohort: Cohort) -> bool:
     return any(phase.reductions for phase in cohort.program.phases)
 
 
+def _on_cpu(work: Sequence[GroupWork]) -> bool:
+    return all(p.device.type == "cpu" for group in work for p in group.params)
+
+
+def _operations(cohort: Cohort) -> int:
+    return sum(node.whole and node.op != "input" for node in cohort.program.nodes)
+
+
 def _is_plain(key: str, value: Any) -> bool:
     """Whether an entry of a group changes only by being replaced; its list of parameters is looked through."""
     return key in ("params", "param_names") or isinstance(value, bool | int | float | str | None | tuple)
@@ -290,12 +311,14 @@ def _only_kernels_replay(possible: bool) -> None:
 
 
 def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
-    """Whether a recorded chain is slower than its cbs: on the CPU in blocks, with a few operations per norm.
+    """Whether a recorded chain is slower than its cbs: on the CPU in blocks, with norms or hardly any operations.
 
     Depends on the chain and the devices alone, so that all processes of a sharded step decide alike.
     """
-    on_cpu = all(cohort.params[0].device.type == "cpu" for cohort in cohorts)
-    return any(map(_reduces, cohorts)) and on_cpu and executor_of(cohorts, None) == "foreach"
+    if not cohorts or any(cohort.params[0].device.type != "cpu" for cohort in cohorts):
+        return False
+    in_blocks = executor_of(cohorts, None) == "foreach"
+    return in_blocks and (any(map(_reduces, cohorts)) or all(_operations(cohort) < _MANY for cohort in cohorts))
 
 
 def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:

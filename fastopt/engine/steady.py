@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..state import Entry, ParamState
 from ..watched import Watch, watch_of
-from .chain import Kind, Row, hypers_kind
+from .chain import Chain, Kind, Row, hypers_kind
 from .columns import NoColumn, columns, evaluate_columns, row_of
 from .look import Looked, grads_of, same_members
 from .plan import Cohort
@@ -37,13 +37,18 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 class SteadyCohort:
     """What one cohort looked like after its last step.
 
+    Where its numbers lead the cbs along another way that was recorded before (Lookahead's k-th step), it steps with
+    that program.
+
     Args:
         cohort: as it has stepped.
+        chain: the recordings.
         by_column: compute the scalars of many rows by columns, for an executor that takes `cohort.table`.
     """
 
-    def __init__(self, cohort: Cohort, by_column: bool) -> None:
-        self.cohort, self.by_column = cohort, by_column
+    def __init__(self, cohort: Cohort, chain: Chain, by_column: bool) -> None:
+        self.cohort, self.by_column, self._chain = cohort, by_column, chain
+        self._by_program = {cohort.program: cohort}
         states = cohort.states
         self.usable = len(set(map(tuple, states))) == 1 and _only_numbers(row.states for row in cohort.rows)
         if not self.usable:
@@ -106,15 +111,28 @@ class SteadyCohort:
         self._leave_columns()
         rows = []
         for old, hypers, numbers in zip(self.cohort.rows, self.hypers, self.numbers, strict=True):
-            values = old.recorded.evaluate(hypers, numbers)
-            if values is None:
+            row = self._chain.known(old.kind, hypers, numbers)
+            if row is None:
                 return False
-            row = Row(values[0])
-            row.recorded, row.states = old.recorded, values[1]
             rows.append(row)
-        if not _only_numbers(row.states for row in rows):
+        if not _only_numbers(row.states for row in rows) or not self._take_program(rows):
             return False
         self.cohort.rows, self.cohort.table = rows, None
+        return True
+
+    def _take_program(self, rows: Sequence[Row]) -> bool:
+        """Step with the program of `rows`; False if they have several, or one that makes new tensors."""
+        program = rows[0].recorded.program
+        if any(row.recorded.program is not program or row.recorded.created for row in rows):
+            return False
+        if program is self.cohort.program:
+            return True
+        if any(out.fresh for out in program.outputs):
+            return False
+        if program not in self._by_program:
+            self._by_program[program] = self.cohort.with_program(program)
+        self.cohort = self._by_program[program]
+        self.cohort.hypers = self.hypers
         return True
 
     def _renew_columns(self) -> bool:
@@ -148,12 +166,12 @@ class SteadyCohort:
         if self.owner is None:
             self._write()
         else:
-            self.owner.defer(self.cohort, self._write)
+            self.owner.defer(self, self._write)
 
     def _write(self) -> None:
         """Write the numbers into the states."""
         states, row_index = self.cohort.states, self.cohort.row_index
-        for key in self.cohort.rows[0].states:
+        for key in self.numbers[0]:
             if self._columns is not None:
                 values = self._columns[1][key]
                 values = values.tolist() if isinstance(values, np.ndarray) else [values]
@@ -177,10 +195,10 @@ class Steady:
     Args:
         work: the work of that step.
         cohorts: made of it.
-        by_column: as for `SteadyCohort`.
+        chain, by_column: as for `SteadyCohort`.
     """
 
-    def __init__(self, work: Sequence[GroupWork], cohorts: Sequence[Cohort], by_column: bool) -> None:
+    def __init__(self, work: Sequence[GroupWork], cohorts: Sequence[Cohort], chain: Chain, by_column: bool) -> None:
         self.reusable = not any(
             cohort.split or any(out.fresh for out in cohort.program.outputs) or row.recorded.created
             for cohort in cohorts
@@ -190,7 +208,7 @@ class Steady:
             return
         self._members = [(group.index, group.params, group.states) for group in work]
         self._kinds = {group.index: _kind(group.hypers) for group in work}
-        self.steady = [SteadyCohort(cohort, by_column) for cohort in cohorts]
+        self.steady = [SteadyCohort(cohort, chain, by_column) for cohort in cohorts]
         self.reusable = all(each.usable for each in self.steady)
 
     def fits(self, work: Sequence[GroupWork]) -> bool:

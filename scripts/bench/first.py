@@ -15,7 +15,7 @@ from .results import FirstStep
 from .rivals import RULES
 from .step import tensors_of
 
-CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME")
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 """Environment variables that say where compilers keep what they have made."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt import SGD, Adam, Lamb, Larc, Optimizer, RAdam, average_grad, ranger, weight_decay
+from fastopt import SGD, Adam, Lamb, Larc, Optimizer, QHAdam, RAdam, RMSProp, average_grad, ranger, weight_decay
 
 Groups = Sequence[Sequence[Tensor]]
 
@@ -39,6 +39,7 @@ def sgd(params: Any, lr: Any = 1e-3, engine: str | None = None) -> Optimizer:
 
 RULES: dict[str, Callable[..., Optimizer]] = {
     "Adam": Adam, "SGD": sgd, "RAdam": RAdam, "Lamb": Lamb, "Larc": Larc, "ranger": ranger, "user": user_chain,
+    "RMSProp": RMSProp, "QHAdam": QHAdam,
 }  # fmt: skip
 
 _BETAS: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-5}

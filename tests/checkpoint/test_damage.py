@@ -91,9 +91,9 @@ def test_every_bit_of_the_data_is_covered(tmp_path: Path) -> None:
             broken = bytearray(good)
             broken[at] ^= 1 << bit
             file.write_bytes(broken)
-            refused(tmp_path, rf"{file.name} is damaged: bytes \d+ to \d+, of '(model|state|rng)/")
+            refused(tmp_path, rf"{file.name} is damaged: bytes \d+ to \d+, of '(model|state|rng)/", step=1)
         file.write_bytes(good[: header + 100] + bytes(len(good) - header - 100))
-        refused(tmp_path, "is damaged")
+        refused(tmp_path, "is damaged", step=1)
         file.write_bytes(good)
     load(tmp_path)
 

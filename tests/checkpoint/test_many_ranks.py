@@ -101,10 +101,10 @@ class Counting(storage.LocalStorage):
 
     read = 0
 
-    def read_into(self, path: str, start: int, targets: Any) -> None:
+    def read_into(self, path: str, start: int, targets: Any, each: Any = None) -> None:
         """As the storage's, counted."""
         Counting.read += sum(len(target) for target in targets)
-        super().read_into(path, start, targets)
+        super().read_into(path, start, targets, each)
 
 
 def load_counted(rank: int, world: int, root: str) -> tuple[int, int]:

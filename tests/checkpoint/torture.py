@@ -265,6 +265,8 @@ def flip_rounds(root: str, flips: int, seed: int, say: Callable[[str], None] = p
         with file.open("r+b") as opened:
             opened.seek(at)
             opened.write(old)
+        for note in folder.glob("damaged-*"):
+            note.unlink()
         if (number + 1) % 100 == 0:
             say(f"{number + 1} of {flips} bits")
     assert verify(root, mark=False).sound

@@ -130,3 +130,25 @@ def test_an_optimizer_is_copied_and_pickled_without_its_engine() -> None:
         twin.step()
         assert twin.state[q]["step"] == 2
         assert twin.engine[0].executor == "foreach"
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_ways_that_were_recorded_before_cost_no_new_look_at_everything(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third step of this Lookahead is another program; after two rounds both are known."""
+    from fastopt.engine import run
+
+    sorted_out = []
+    original = run.make_cohorts
+    monkeypatch.setattr(run, "make_cohorts", lambda *args: sorted_out.append(1) or original(*args))
+
+    def build(ps: list[Tensor], engine: str) -> Optimizer:
+        return Ranger(ps if groups == 1 else _groups(ps), lr=0.1, k=3, engine=engine)
+
+    def between(opt: Any, ps: list[Tensor], i: int) -> None:
+        if i == 16:
+            sorted_out.clear()
+
+    side_by_side(build, "foreach", torch.float32, steps=30, between=between)
+    assert not sorted_out

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastopt.engine.columns import NoColumn, column, columns, evaluate_columns, row_of
@@ -31,6 +31,8 @@ def _same(a: Any, b: Any) -> bool:
 @given(
     st.lists(st.tuples(numbers, numbers), min_size=2, max_size=6), st.sampled_from(sorted(BINARY)), st.integers(1, 5)
 )
+@example(rows=[(-1.5, -1.5), (-1.5, -1.5)], op="**", step=1)  # a complex number
+@example(rows=[(0.0, 1.0), (math.inf, 0.0)], op="/", step=1)
 def test_columns_are_the_rows_to_the_bit(rows: list[tuple[float, float]], op: str, step: int) -> None:
     tape = Tape(_refuse)
     x, y = tape.leaf("hypers['x']", "x", 1.5), tape.leaf("hypers['y']", "y", 2.5)

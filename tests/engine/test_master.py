@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from fastopt.engine.printing import program_text
 from .compare import entries, gradients, params, side_by_side
 
 LOW = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-ENGINES = pytest.mark.parametrize("engine", ["eager", "foreach"])
+needs_llvm = pytest.mark.skipif(importlib.util.find_spec("llvmlite") is None, reason="needs llvmlite")
+ENGINES = pytest.mark.parametrize("engine", ["eager", "foreach", pytest.param("llvm", marks=needs_llvm)])
 BUILDS = {
     "SGD": lambda ps, e: SGD(ps, 0.1, mom=0.9, engine=e, master_weights=True),
     "Adam": lambda ps, e: Adam(ps, 0.01, wd=0.1, engine=e, master_weights=True),

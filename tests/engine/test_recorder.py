@@ -17,9 +17,9 @@ COUNT = 0
 
 
 @pytest.fixture(autouse=True)
-def without_llvm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best executor for the CPU is then `foreach`."""
-    monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded runs by `foreach`, whatever is installed."""
+    monkeypatch.setenv("FASTOPT_ENGINE", "foreach")
 
 
 def stepped(cb: Any, engine: str | None = None, steps: int = 3, **hypers: Any) -> tuple[Optimizer, torch.Tensor]:

@@ -32,7 +32,7 @@ from fastopt import (
     whole_norm,
     whole_rms,
 )
-from fastopt.engine import GroupWork
+from fastopt.engine import GroupWork, run
 
 from .samples import NATIVE, Case, every_native, give_grads, tensors
 
@@ -226,12 +226,30 @@ class TestChoice:
     def test_says_which_runs_and_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = tensors((2,), (3,))
         monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
-        opt = SGD([[a], [b]], mom=0.9, wd=0.1)
+        opt = Adam([[a], [b]])
         assert [(c.group, c.executor) for c in opt.engine] == [(0, "foreach"), (1, "foreach")]
         assert "fastopt[cpu]" in opt.engine[0].reason
         assert SGD([a], engine="eager").engine[0] == (0, "eager", "chosen by engine=")
-        assert Lamb([a]).engine[0].executor == "eager"
+        assert Lamb([a]).engine[0].executor == SGD([a]).engine[0].executor == "eager"
+        assert "few operations" in SGD([a]).engine[0].reason
         assert Lamb([a], engine="foreach").engine[0].executor == "foreach"
+
+    def test_a_chain_that_runs_as_it_is_is_not_sorted_in_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
+        sorted_, real = [0], run.make_cohorts
+
+        def counted(*args: Any) -> Any:
+            sorted_[0] += 1
+            return real(*args)
+
+        monkeypatch.setattr(run, "make_cohorts", counted)
+        (p,) = tensors((2,))
+        opt = SGD([p], lr=1.0)
+        for _ in range(40):
+            p.grad = torch.ones(2)
+            opt.step()
+        assert opt.engine[0].executor == "eager"
+        assert sorted_[0] == 2
 
     def test_on_cpus_chains_are_compiled_where_that_is_possible(self) -> None:
         pytest.importorskip("llvmlite")
