@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..parts import box_of
 from ..pieces import Box
 from .errors import CheckpointError
 
@@ -20,24 +21,14 @@ def is_one(value: Tensor) -> bool:
 def box_here(value: Any, where: str) -> Box:
     """The box that this rank holds of a DTensor, maybe without elements.
 
-    Dimensions are cut as torch.chunk cuts them, in the order of the mesh's dimensions. Raises CheckpointError for
-    placements other than Shard and Replicate.
+    Raises CheckpointError for placements that hold no box.
     """
-    coordinate = value.device_mesh.get_coordinate()
-    offset, shape = [0] * value.ndim, list(value.shape)
-    if coordinate is None:
-        return Box(tuple(offset), (0,) * value.ndim)
-    for axis, placement in enumerate(value.placements):
-        if placement.is_replicate():
-            continue
-        if type(placement).__name__ != "Shard":
-            raise CheckpointError(f"{where} is placed as {placement}; only Shard and Replicate can be saved or loaded")
-        dim = placement.dim % value.ndim
-        chunk = -(-shape[dim] // value.device_mesh.size(axis))
-        start = min(chunk * coordinate[axis], shape[dim])
-        offset[dim] += start
-        shape[dim] = min(chunk, shape[dim] - start)
-    box = Box(tuple(offset), tuple(shape))
+    if value.device_mesh.get_coordinate() is None:
+        return Box((0,) * value.ndim, (0,) * value.ndim)
+    try:
+        box = box_of(value)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     if tuple(value.to_local().shape) != box.shape:
         raise CheckpointError(
             f"{where}: the local part has shape {tuple(value.to_local().shape)}, expected {box.shape}"

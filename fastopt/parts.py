@@ -11,6 +11,7 @@ sounds. A wrapped torch optimizer gets the DTensors themselves, with torch's own
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -353,18 +354,35 @@ def shown_state(state: Mapping[Any, Mapping[str, Any]]) -> Mapping[Any, Mapping[
 def box_of(p: Any) -> Box:
     """The box of the DTensor `p` that this process holds; maybe without elements.
 
+    Dimensions are cut as `torch.chunk` cuts them, in the order of the mesh's dimensions; where `fully_shard` has cut
+    what a tensor parallel plan had cut before (`_StridedShard`), its dimension of the mesh comes after the others.
+
     Raises:
-        ValueError: its placements cut it otherwise than `torch.chunk` does, dimension by dimension.
+        ValueError: other placements.
     """
     offset, shape = [0] * p.ndim, list(p.shape)
-    for axis, (placement, at) in enumerate(zip(p.placements, p.device_mesh.get_coordinate(), strict=True)):
-        if placement.is_replicate():
-            continue
-        if type(placement).__name__ != "Shard":
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is placed as {placement}, which is no box")
-        dim = placement.dim % p.ndim
+    coordinate = p.device_mesh.get_coordinate()
+    for axis in _order_of_cuts(p):
+        dim = p.placements[axis].dim % p.ndim
         chunk = -(-shape[dim] // p.device_mesh.size(axis))
-        start = min(chunk * at, shape[dim])
+        start = min(chunk * coordinate[axis], shape[dim])
         offset[dim] += start
         shape[dim] = min(chunk, shape[dim] - start)
     return Box(tuple(offset), tuple(shape))
+
+
+def _order_of_cuts(p: Any) -> list[int]:
+    """The dimensions of the mesh that cut `p`, first cut first."""
+    plain, later = [], []
+    for axis, placement in enumerate(p.placements):
+        kind = type(placement).__name__
+        if kind == "Shard":
+            plain.append(axis)
+        elif kind == "_StridedShard":
+            inner = [i for i in range(axis + 1, p.device_mesh.ndim) if p.placements[i].is_shard(placement.dim)]
+            if placement.split_factor != math.prod(p.device_mesh.size(i) for i in inner):
+                raise ValueError(f"a tensor of shape {tuple(p.shape)} is placed as {p.placements}, which is no box")
+            later.append(axis)
+        elif not placement.is_replicate():
+            raise ValueError(f"a tensor of shape {tuple(p.shape)} is placed as {placement}, which is no box")
+    return plain + later

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fastopt import Adam, Lamb, Optimizer
 from fastopt.checkpoint import load, save
@@ -103,3 +104,33 @@ def test_from_two_ranks_to_one_process_three_ranks_and_back(ranks: Ranks, tmp_pa
         same(zero, two)
         loaded, _ = ranks(3).run(job, "fully_shard", name, first[3], range(0), None)[0]
         same(loaded, two)
+
+
+def in_two_dimensions(rank: int, world_size: int, url: str) -> list[Tensor]:
+    """Tensor parallel inside data parallel: two dimensions of a mesh cut the same rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+
+    def build() -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2))
+        parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(net, mesh=mesh["dp"])
+        return net, Adam(net.parameters(), lr=0.1)
+
+    net, opt = build()
+    train(net, opt, range(2))
+    save(url, step=1, model=net, opt=opt)
+    again, resumed = build()
+    load(url, model=again, opt=resumed)
+    for p, q in zip(net.parameters(), again.parameters(), strict=True):
+        assert torch.equal(whole(p.detach()), whole(q.detach()))
+        assert torch.equal(opt.state[p]["grad_avg"], resumed.state[q]["grad_avg"])
+    return [whole(p.detach()).clone() for p in net.parameters()]
+
+
+def test_tensor_parallel_inside_data_parallel(ranks: Ranks, tmp_path: Path) -> None:
+    saved = ranks(4).run(in_two_dimensions, str(tmp_path))[0]
+    net = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 2))
+    load(str(tmp_path), model=net, opt=Adam(net.parameters()))
+    for p, q in zip(net.parameters(), saved, strict=True):
+        assert torch.equal(p, q)

@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from fastopt import Adam, Lamb, Larc, Optimizer, OptimWrapper, average_grad
+from fastopt.distributed import shard
 
 from ..distributed.callbacks import counting_step, sign_step, turning_step, unit_step
 from ..distributed.muon import muon
@@ -375,6 +376,17 @@ def low_precision(rank: int, world_size: int) -> None:
 
 def test_master_weights_of_parts(ranks: Any) -> None:
     ranks(2).run(low_precision)
+
+
+def not_for_shard(rank: int, world_size: int) -> None:
+    model = Model(SHAPES)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+    with pytest.raises(ValueError, match=r"'g0.0' is a DTensor: .* without shard\(\)"):
+        shard(Adam(model.param_groups()), model)
+
+
+def test_shard_sends_dtensors_to_the_optimizer_itself(ranks: Any) -> None:
+    ranks(2).run(not_for_shard)
 
 
 def wrapped(rank: int, world_size: int) -> None:
