@@ -2,13 +2,12 @@
 
 from .collectives import Ranks
 from .consistency import RanksDiffer
-from .layout import BUCKET_BYTES, Bucket, Entry, Layout, ParamSpec, Region
+from .layout import Bucket, Entry, Layout, ParamSpec, Region
 from .shard import shard
 from .sharded import ShardedOptimizer
 from .watch import RanksMissing
 
 __all__ = [
-    "BUCKET_BYTES",
     "Bucket",
     "Entry",
     "Layout",

@@ -38,8 +38,13 @@ from ..pieces import Box, Shape, interval_boxes
 ALIGN_BYTES = 16
 """Parameters and regions start at multiples of this many bytes (what vector loads and tensor cores ask for)."""
 
-BUCKET_BYTES = 25 * 2**20
-"""Default size of a bucket. A larger parameter is a bucket of its own."""
+BUCKET_BYTES = 25 * 2**20, 128 * 2**20
+"""Least and largest default size of a bucket. A larger parameter is a bucket of its own."""
+
+BUCKETS = 24
+"""How many buckets there are by default, between those sizes: enough to hide all but one of them, and few enough that
+starting collectives costs the host little (measured on two H200: 1.36 B parameters in 25 MiB buckets took 107 ms per
+iteration, in 100 MiB ones 77 ms)."""
 
 FIRST_BYTES = 2**20
 """Size of the first bucket of a model: nothing is left to hide its reduction behind, at the end of backward."""
@@ -174,7 +179,7 @@ class Layout:
     world_size: int
     params: tuple[ParamSpec, ...]
     buckets: tuple[Bucket, ...]
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int
     _places: dict[int, tuple[Bucket, Entry]] = field(init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -182,23 +187,25 @@ class Layout:
         object.__setattr__(self, "_places", places)
 
     @classmethod
-    def make(cls, kind: Kind, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+    def make(cls, kind: Kind, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int | None = None) -> Layout:
         """The layout of `kind` for `params` (in registration order) on `world_size` ranks."""
+        specs = tuple(params)
+        bucket_bytes = default_bucket_bytes(specs) if bucket_bytes is None else bucket_bytes
         if world_size < 1:
             raise ValueError(f"a layout needs at least one rank, got world_size={world_size}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes is a positive number of bytes, got {bucket_bytes}")
         if kind not in ("even", "whole"):
             raise ValueError(f"the kind of a layout is 'even' or 'whole', got {kind!r}")
-        return cls(kind, world_size, (), (), bucket_bytes).extended(params)
+        return cls(kind, world_size, (), (), bucket_bytes).extended(specs)
 
     @classmethod
-    def even(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+    def even(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int | None = None) -> Layout:
         """Every bucket split evenly: for chains of elementwise cbs and chains whose only coupling is a norm."""
         return cls.make("even", params, world_size, bucket_bytes)
 
     @classmethod
-    def whole(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int = BUCKET_BYTES) -> Layout:
+    def whole(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int | None = None) -> Layout:
         """Every parameter on one owner: for chains that need whole parameters."""
         return cls.make("whole", params, world_size, bucket_bytes)
 
@@ -324,6 +331,13 @@ def aligned(count: int, dtype: torch.dtype, parts: int = 1) -> int:
     """`count` elements of `dtype` rounded up so that each of `parts` equal parts is a multiple of the alignment."""
     unit = max(1, ALIGN_BYTES // dtype.itemsize) * parts
     return -(-count // unit) * unit
+
+
+def default_bucket_bytes(params: Iterable[ParamSpec]) -> int:
+    """The size of a bucket for these parameters."""
+    total = sum(spec.numel * spec.dtype.itemsize for spec in params)
+    least, largest = BUCKET_BYTES
+    return min(max(-(-total // BUCKETS), least), largest)
 
 
 def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int, first: bool) -> list[list[int]]:

@@ -23,7 +23,6 @@ from ..optimizer import Optimizer
 from ..wrapper import OptimWrapper
 from .decoder import Decoder, decoder
 from .drawing import owners_text, plot, size
-from .layout import BUCKET_BYTES
 from .planning import Memory, Plan, Stage, StagePlan, plan, plan_specs
 
 __all__ = ["Memory", "Plan", "StagePlan", "main", "plan", "plan_specs", "report"]
@@ -80,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--groups", type=int, default=1, help="parameter groups, by layers (default: 1; with --params)")
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), action="append", help="only this one; may be repeated")
     parser.add_argument("--layout", choices=("even", "whole"), help="default: what the optimizer needs")
-    parser.add_argument(
-        "--bucket-mb", type=float, default=BUCKET_BYTES / 2**20, help="size of a bucket in MiB (default: %(default)g)"
-    )
+    parser.add_argument("--bucket-mb", type=float, help="size of a bucket in MiB (default: as `shard` chooses)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return parser
@@ -101,7 +98,8 @@ def _plan(given: argparse.Namespace) -> Plan:
     if given.groups > 1 and given.model:
         raise ValueError("--groups goes with --params; the groups of a model of your own are in plan(model, make=...)")
     stages = cast(list[Stage], given.stage or [1, 2, 3])
-    return plan(model, given.ranks, make, stages=stages, bucket_bytes=int(given.bucket_mb * 2**20), layout=given.layout)
+    size = None if given.bucket_mb is None else int(given.bucket_mb * 2**20)
+    return plan(model, given.ranks, make, stages=stages, bucket_bytes=size, layout=given.layout)
 
 
 def _model(given: argparse.Namespace) -> nn.Module:

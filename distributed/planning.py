@@ -21,7 +21,7 @@ from ..engine.master import add_masters
 from ..optimizer import Optimizer
 from ..optimizers import Adam
 from ..wrapper import OptimWrapper
-from .layout import BUCKET_BYTES, Kind, Layout, ParamSpec
+from .layout import Kind, Layout, ParamSpec
 from .members import model_names
 from .reduced import IN_FLIGHT
 from .rows import REST, Rows, Unit, loads_of_rows, units_of
@@ -152,7 +152,7 @@ def plan(
     make: Make = Adam,
     *,
     stages: Sequence[Stage] = (1, 2, 3),
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     layout: Kind | None = None,
 ) -> Plan:
     """What sharding `model` over `ranks` ranks will cost.
@@ -193,7 +193,7 @@ def plan_specs(
     optimizer: str = "the optimizer",
     *,
     stages: Sequence[Stage] = (1, 2, 3),
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     layout: Kind = "even",
 ) -> Plan:
     """The same without a model: `state_bytes[i]` bytes of state per element of `params[i]`."""

@@ -16,7 +16,7 @@ from ..optimizer import Optimizer
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
 from .consistency import agree_fully
-from .layout import BUCKET_BYTES, Kind, Layout, ParamSpec
+from .layout import Kind, Layout, ParamSpec
 from .members import about_groups, specs_of
 from .meshes import seat
 from .sharded import ShardedOptimizer
@@ -30,7 +30,7 @@ def shard(
     *,
     layout: Kind | None = None,
     cost: Callable[[Tensor], float] | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    bucket_bytes: int | None = None,
     master_weights: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
 ) -> ShardedOptimizer:
@@ -52,7 +52,7 @@ def shard(
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
             elements by default.
-        bucket_bytes: size of the flat buffers in bytes.
+        bucket_bytes: size of the flat buffers in bytes; by default a 24th of the parameters, between 25 and 128 MiB.
         master_weights: whether parameters in bfloat16 or float16 step on a float32 copy, of which each rank holds its
             slices; by default what `opt` was made with.
         reduce_dtype: stage 2: gradients are exchanged in their own dtype and summed in this one, in the order of the
@@ -142,7 +142,7 @@ def _kind(opt: Optimizer, layout: str | None) -> Kind:
 
 
 def _about(
-    opt: Optimizer, stage: int, bucket_bytes: int, masters: bool, reduce_dtype: torch.dtype | None
+    opt: Optimizer, stage: int, bucket_bytes: int | None, masters: bool, reduce_dtype: torch.dtype | None
 ) -> dict[str, Any]:
     """What must be equal on all ranks, apart from the groups."""
     return {
