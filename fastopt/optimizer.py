@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -181,17 +181,19 @@ class Optimizer(_BaseOptimizer):
         """Step everything that has a gradient and is not frozen."""
         if self._repeat(launch=True):
             return
-        state = cast(ParamState, self.state)
-        reads = state.reads
+        state = self.state if isinstance(self.state, ParamState) else None
+        reads = 0 if state is None else state.reads
         work = list(self._work())
         self.run(work)
-        if not any_spread(work):
+        if state is not None and not any_spread(work):
             self.runner.expect(self.param_groups, state, list(self._idle()))
             state.own_reads += (state.reads - reads) * self.runner.recorded
 
     def _repeat(self, launch: bool) -> bool:
         """Make a step that is like the last one, with kernels or without; tells whether it was made."""
-        state = cast(ParamState, self.state)
+        state = self.state
+        if not isinstance(state, ParamState):  # somebody has put another mapping in its place
+            return False
         reads = state.reads
         made = self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, launch)
         state.own_reads += state.reads - reads  # no cb was called

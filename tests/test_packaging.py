@@ -24,7 +24,7 @@ def modules() -> set[str]:
     return {
         str(place / path.relative_to(ROOT / folder))
         for folder, place in ((folder, Path(place)) for folder, place in places.items())
-        for path in (ROOT / folder).rglob("*.py")
+        for path in (p for kind in ("*.py", "*.cpp") for p in (ROOT / folder).rglob(kind))
         if path.relative_to(ROOT).parts[:2] not in {("fastopt", part) for part in PARTS}
     }
 

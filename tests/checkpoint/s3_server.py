@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
+import fsspec
+
 BUCKET = "bucket"
 
 
@@ -61,6 +63,8 @@ class S3Server:
             "AWS_EC2_METADATA_DISABLED": "true",
         }
         urllib.request.urlopen(urllib.request.Request(f"{self.url}/{BUCKET}", method="PUT"), timeout=20)
+        # fsspec keeps filesystems by their arguments, not by these variables: forget those of another server
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
     def fail(self, **fault: Any) -> None:
         """Inject one `Fault`."""
