@@ -96,12 +96,15 @@ def _compiler() -> str:
 
 def _compile(library: Path) -> None:
     """Compile to a name of its own, then put it in place at once: several processes may do the same."""
-    from torch.utils.cpp_extension import include_paths, library_paths
-
     made = library.with_name(f"{library.stem}.{os.getpid()}.tmp")
     abi = int(torch.compiled_with_cxx11_abi())
-    includes = [f"-I{path}" for path in [*include_paths(), sysconfig.get_paths()["include"]]]
-    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_python", "-ltorch_cpu", "-lc10"]
+    root = Path(torch.__file__).parent
+    includes = [
+        f"-I{root}/include",
+        f"-I{root}/include/torch/csrc/api/include",
+        f"-I{sysconfig.get_paths()['include']}",
+    ]
+    libraries = [f"-L{root}/lib", "-ltorch_python", "-ltorch_cpu", "-lc10"]
     command = [_compiler(), "-std=c++20", "-O2", "-w", "-shared", "-fPIC", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
     try:
         subprocess.run(

@@ -85,12 +85,11 @@ class Table:
 
     def _source(self, array: NDArray[Any], again: bool, capturing: bool) -> Tensor:
         """`array` as a tensor that is not written to before the device has read it."""
-        source = torch.from_numpy(array)
         if self.device.type != "cuda":
-            return source
+            return torch.from_numpy(array)
         if capturing or not again:
             self._staging = None
-            return source.pin_memory()
+            return torch.from_numpy(array).pin_memory()
         staged = self._staging.take(array) if self._staging is not None else None
         if staged is None:  # torch keeps the memory of the old one until the device has read it
             self._staging = _Staging(array)
