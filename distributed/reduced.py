@@ -12,10 +12,9 @@ A backward pass inside another one (checkpointing with `use_reentrant=True`) bel
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +29,7 @@ from .collectives import Ranks, Reading, Reduction
 from .gradients import sparse
 from .header import EXTRA, Place, Verdict, decode
 from .packing import pack
+from .rounds import Part, Round, inside_another_backward, numbers_beside
 from .wire import Wire
 
 # The hook of every parameter: the optimizer that was made last gets its gradients.
@@ -37,57 +37,6 @@ _hooks: Any = WeakTensorKeyDictionary()
 
 IN_FLIGHT = 2
 """Buckets whose full gradient may be alive at once: one that backward is making, and one that is being reduced."""
-
-
-class Round:
-    """The reduction of one backward pass: which buckets take part, which gradients have come, what is under way."""
-
-    def __init__(self, place: Place, wires: Sequence[Wire], expected: Sequence[set[int]], leading: list[int]) -> None:
-        self.place = place
-        self.to_launch = deque(zip(wires, expected, strict=True))
-        self.leading = leading
-        self.bucket_of = {param: wire.bucket.index for wire in wires for param in wire.params}
-        self.waits_for = {wire.bucket.index: params for wire, params in self.to_launch}
-        self.tasks: set[int] = set()
-        self.reading: Reading | None = None
-
-    @property
-    def first(self) -> bool:
-        """Whether nothing has been launched."""
-        return len(self.to_launch) == len(self.waits_for)
-
-
-class Part:
-    """This rank's part of the gradient of one bucket, with the flags of its header."""
-
-    def __init__(self, wire: Wire, rank: int, sums: Tensor) -> None:
-        self.wire = wire
-        self.sums = sums
-        self.places = wire.held(rank)
-        self.payload = wire.payloads[rank]
-
-    def slice(self, param: int) -> Tensor:
-        """The elements of `param`."""
-        start, stop = self.places[param]
-        return self.sums[start:stop]
-
-    def flags(self) -> Tensor:
-        """For each parameter of the wire how many gradients have come, of all ranks and rounds."""
-        return self.sums[self.payload : self.payload + len(self.wire.params)]
-
-    def add(self, earlier: Part) -> None:
-        """Add the part of an earlier round, which may have had other active parameters."""
-        if earlier.wire is self.wire:
-            # Not the rest of the header, which may be on its way to the host.
-            told = self.payload + len(self.wire.params)
-            self.sums[:told].add_(earlier.sums[:told])
-            return
-        before = earlier.flags()
-        at = {param: k for k, param in enumerate(earlier.wire.params)}
-        for k, param in enumerate(self.wire.params):
-            if param in at:
-                self.slice(param).add_(earlier.slice(param))
-                self.flags()[k].add_(before[at[param]])
 
 
 class ReducedGradients:
@@ -169,7 +118,7 @@ class ReducedGradients:
             return now
         if not self._agreement.steps_on(param):
             return now
-        inner = _inside_another_backward()
+        inner = inside_another_backward()
         if now is not None and now.tasks and not inner and task > max(now.tasks):
             with torch.no_grad():
                 self._close()  # of a pass whose end nobody has told
@@ -307,10 +256,10 @@ class ReducedGradients:
     def _header(self, wire: Wire, flags: list[int], leading: list[int], beside: Tensor) -> Tensor:
         """The header on the device; that of a bucket of which all gradients are there is kept."""
         if leading or not all(flags):
-            return _on(beside, flags + leading, wire.header)
+            return numbers_beside(beside, flags + leading, wire.header)
         known = self._headers.get(wire.bucket.index)
         if known is None or known[0] is not wire:
-            known = self._headers[wire.bucket.index] = wire, _on(beside, flags, wire.header)
+            known = self._headers[wire.bucket.index] = wire, numbers_beside(beside, flags, wire.header)
         return known[1]
 
     def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
@@ -457,23 +406,6 @@ class ReducedGradients:
         cleared = self._cleared or self._rounds > 0
         self.consumed()
         self._cleared = cleared
-
-
-def _on(like: Tensor, numbers: list[int], size: int) -> Tensor:
-    """`numbers` and zeros, `[size]`, beside `like`, without a wait."""
-    host = torch.zeros(size, dtype=like.dtype, pin_memory=like.is_cuda)
-    host[: len(numbers)] = torch.tensor(numbers, dtype=like.dtype)
-    return host.to(like.device, non_blocking=True)
-
-
-def _inside_another_backward() -> bool:
-    """Whether the backward pass that is running was started by the backward of a function in another one."""
-    frame = sys._getframe()
-    while (caller := frame.f_back) is not None:
-        frame = caller
-        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
-            return True
-    return False
 
 
 def _hook(gradients: weakref.ref[ReducedGradients], param: int) -> Callable[[Tensor], None]:

@@ -1,0 +1,82 @@
+"""What is under way in one round of reductions, and what a rank keeps of it. See [Note: rounds] in reduced.py."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .collectives import Reading
+from .header import Place
+from .wire import Wire
+
+
+class Round:
+    """The reduction of one backward pass: which buckets take part, which gradients have come, what is under way."""
+
+    def __init__(self, place: Place, wires: Sequence[Wire], expected: Sequence[set[int]], leading: list[int]) -> None:
+        self.place = place
+        self.to_launch = deque(zip(wires, expected, strict=True))
+        self.leading = leading
+        self.bucket_of = {param: wire.bucket.index for wire in wires for param in wire.params}
+        self.waits_for = {wire.bucket.index: params for wire, params in self.to_launch}
+        self.tasks: set[int] = set()
+        self.reading: Reading | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether nothing has been launched."""
+        return len(self.to_launch) == len(self.waits_for)
+
+
+class Part:
+    """This rank's part of the gradient of one bucket, with the flags of its header."""
+
+    def __init__(self, wire: Wire, rank: int, sums: Tensor) -> None:
+        self.wire = wire
+        self.sums = sums
+        self.places = wire.held(rank)
+        self.payload = wire.payloads[rank]
+
+    def slice(self, param: int) -> Tensor:
+        """The elements of `param`."""
+        start, stop = self.places[param]
+        return self.sums[start:stop]
+
+    def flags(self) -> Tensor:
+        """For each parameter of the wire how many gradients have come, of all ranks and rounds."""
+        return self.sums[self.payload : self.payload + len(self.wire.params)]
+
+    def add(self, earlier: Part) -> None:
+        """Add the part of an earlier round, which may have had other active parameters."""
+        if earlier.wire is self.wire:
+            # Not the rest of the header, which may be on its way to the host.
+            told = self.payload + len(self.wire.params)
+            self.sums[:told].add_(earlier.sums[:told])
+            return
+        before = earlier.flags()
+        at = {param: k for k, param in enumerate(earlier.wire.params)}
+        for k, param in enumerate(self.wire.params):
+            if param in at:
+                self.slice(param).add_(earlier.slice(param))
+                self.flags()[k].add_(before[at[param]])
+
+
+def numbers_beside(like: Tensor, numbers: list[int], size: int) -> Tensor:
+    """`numbers` and zeros, `[size]`, beside `like`, without a wait."""
+    host = torch.zeros(size, dtype=like.dtype, pin_memory=like.is_cuda)
+    host[: len(numbers)] = torch.tensor(numbers, dtype=like.dtype)
+    return host.to(like.device, non_blocking=True)
+
+
+def inside_another_backward() -> bool:
+    """Whether the backward pass that is running was started by the backward of a function in another one."""
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if frame.f_code.co_name == "apply" and frame.f_globals.get("__name__") == "torch.autograd.function":
+            return True
+    return False
