@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ..engine import cb_name, undeclared
+from ..engine import cb_name, executor_for, requested, undeclared
 from ..optimizer import Optimizer
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
@@ -144,9 +144,15 @@ def _kind(opt: Optimizer, layout: str | None) -> Kind:
 def _about(
     opt: Optimizer, stage: int, bucket_bytes: int | None, masters: bool, reduce_dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """What must be equal on all ranks, apart from the groups."""
+    """What must be equal on all ranks, apart from the groups.
+
+    The executors too: some chains run with other collectives by one than by another.
+    """
+    name = requested(opt.runner.name)[0]
+    devices = {p.device.type for group in opt.param_groups for p in group["params"]}
     return {
         "optimizer": type(opt).__name__,
+        "executors": ", ".join(sorted(executor_for(device, name) for device in devices)),
         "chain": ", ".join(cb_name(cb) for cb in opt.cbs),
         "stage": stage,
         "bucket_bytes": bucket_bytes,

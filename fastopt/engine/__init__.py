@@ -4,7 +4,7 @@ from .choice import Choice, requested
 from .describe import Needs, cb_name, chain_defaults, chain_needs, keywords, undeclared
 from .eager import run_eager
 from .program import Program, Programs
-from .run import Engine
+from .run import Engine, executor_for
 from .work import GroupWork, Reduce
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "cb_name",
     "chain_defaults",
     "chain_needs",
+    "executor_for",
     "keywords",
     "requested",
     "run_eager",

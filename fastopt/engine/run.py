@@ -334,11 +334,18 @@ def executor_of(cohorts: Sequence[Cohort], name: str | None) -> str:
 
     Sizes play no part, so that slices of a parameter run as the whole does, whatever the number of processes.
     """
-    device = cohorts[0].params[0].device.type
+    executor = executor_for(cohorts[0].params[0].device.type, name)
+    return "foreach" if executor == "llvm" and not all(can_run(cohort.program) for cohort in cohorts) else executor
+
+
+def executor_for(device: str, name: str | None) -> str:
+    """The executor for tensors on `device`, going by what is installed; `name` is the one that was asked for."""
+    if name == "eager":
+        return name
     if name in (None, "triton") and triton_is_there() and (device == "cuda" or (name and interpreted())):
         return "triton"
     if name in (None, "llvm") and device == "cpu" and llvm_is_there():
-        return "llvm" if all(can_run(cohort.program) for cohort in cohorts) else "foreach"
+        return "llvm"
     return "foreach"
 
 

@@ -104,6 +104,11 @@ def one_is_not_of_the_model(rank: int) -> Any:
     return shard(build(other if rank == 1 else model), model)
 
 
+def other_executor(rank: int) -> Any:
+    model = Named(weight=(4,))
+    return shard(build(model, engine="eager" if rank == 1 else "foreach"), model)
+
+
 AT_SHARD: dict[Case, tuple[str, ...]] = {
     other_names: ("params[0] of group 0", "'weight'", "'wrong'", "rank 1"),
     other_shapes: ("'weight'", "(3, 1)", "(3, 2)", "rank 0", "rank 1"),
@@ -113,6 +118,7 @@ AT_SHARD: dict[Case, tuple[str, ...]] = {
     other_dtype: ("torch.float64", "torch.float32 on cpu on rank 0"),
     other_hyper: ("hyper 'lr' of group 0", "0.1 on rank 0", "1.1 on rank 1"),
     other_chain: ("chain", "average_grad", "rank 0"),
+    other_executor: ("executors", "foreach on rank", "eager on rank 1"),
     other_stage: ("stage: 1 on", "2 on rank 1"),
     other_freezing: ("group 0", "frozen"),
     one_is_not_of_the_model: ("problem", "not a parameter of the model", "rank 1"),
