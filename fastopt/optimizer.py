@@ -176,11 +176,14 @@ class Optimizer(_BaseOptimizer):
         return loss
 
     @outside_compile
-    @torch.no_grad()
     def _step_groups(self) -> None:
         """Step everything that has a gradient and is not frozen."""
-        if self._repeat(launch=True):
-            return
+        if not self._repeat(launch=True):
+            self._step_anew()
+
+    @torch.no_grad()
+    def _step_anew(self) -> None:
+        """Step whatever is there now, like the last step or not."""
         state = self.state if isinstance(self.state, ParamState) else None
         reads = 0 if state is None else state.reads
         work = list(self._work())

@@ -6,41 +6,69 @@ namespace {
 
 enum Found { SAME = 0, MOVED = 1, OTHER = 2 };
 
-// What a kernel takes for granted about a tensor: its dtype, and sizes and strides; 0 for one that is not an ordinary
-// strided tensor. Without gaps only the number of elements counts.
-int64_t kind_of(const at::Tensor& x) {
-  static constexpr auto odd = c10::DispatchKeySet(
-      {c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate, c10::DispatchKey::Functionalize});
-  if (!x.defined() || x.key_set().has_any(odd) || x.layout() != at::kStrided || !x.has_storage()) return 0;
-  const auto dtype = static_cast<uint64_t>(x.scalar_type());
-  if (x.is_contiguous()) return static_cast<int64_t>((static_cast<uint64_t>(x.numel()) << 8 | dtype) << 2 | 1);
+// Sizes and strides of a tensor with gaps, as one number.
+int64_t digest_of(const c10::TensorImpl& x) {
   uint64_t digest = 1469598103934665603ull;
   auto mix = [&digest](uint64_t value) { digest = (digest ^ value) * 1099511628211ull; };
-  mix(dtype);
   for (auto size : x.sizes()) mix(static_cast<uint64_t>(size));
   for (auto stride : x.strides()) mix(static_cast<uint64_t>(stride));
-  return static_cast<int64_t>(digest << 2 | 3);
+  return static_cast<int64_t>(digest);
+}
+
+// What a kernel takes for granted about a tensor: its dtype, and sizes and strides. Without gaps only the number of
+// elements counts.
+int64_t kind_of(const c10::TensorImpl& x) {
+  const auto dtype = static_cast<uint64_t>(c10::typeMetaToScalarType(x.dtype()));
+  const auto kind = static_cast<int64_t>((static_cast<uint64_t>(x.numel()) << 8 | dtype) << 2 | 1);
+  return x.is_contiguous() ? kind : (kind ^ digest_of(x)) << 2 | 3;
+}
+
+// The address of an ordinary strided tensor, without the checks that asking the tensor itself makes.
+int64_t address_of(const c10::TensorImpl& x) {
+  if (x.numel() == 0) return 0;
+  const auto start = reinterpret_cast<int64_t>(x.unsafe_storage().data());
+  return start + x.storage_offset() * static_cast<int64_t>(x.itemsize());
+}
+
+bool is_ordinary(const at::Tensor& x) {
+  static constexpr auto odd = c10::DispatchKeySet(
+      {c10::DispatchKey::Python, c10::DispatchKey::Negative, c10::DispatchKey::Conjugate, c10::DispatchKey::Functionalize});
+  return x.defined() && !x.key_set().has_any(odd) && x.layout() == at::kStrided && x.has_storage();
 }
 
 Found look(const at::Tensor& x, int64_t& address, int64_t& kind) {
-  const int64_t kind_now = kind_of(x);
-  const int64_t address_now = kind_now ? reinterpret_cast<int64_t>(x.const_data_ptr()) : 0;
+  const bool ordinary = is_ordinary(x);
+  const int64_t kind_now = ordinary ? kind_of(*x.unsafeGetTensorImpl()) : 0;
+  const int64_t address_now = ordinary ? address_of(*x.unsafeGetTensorImpl()) : 0;
   const Found found = !kind_now || kind_now != kind ? OTHER : address_now != address ? MOVED : SAME;
   address = address_now;
   kind = kind_now;
   return found;
 }
 
-constexpr Py_ssize_t AHEAD = 8;
+// The gradient as it is there: `Tensor::grad` also asks whether to warn of a tensor that is no leaf.
+const at::Tensor& grad_of(const at::Tensor& x) { return x.unsafeGetTensorImpl()->grad(); }
 
-// Most of the time goes into waiting for memory: ask for the tensor that comes next but a few.
-void fetch(PyObject* list, Py_ssize_t i) {
-  const Py_ssize_t n = PyList_GET_SIZE(list);
-  if (i + 2 * AHEAD < n) __builtin_prefetch(PyList_GET_ITEM(list, i + 2 * AHEAD));
-  if (i + AHEAD >= n || !THPVariable_CheckExact(PyList_GET_ITEM(list, i + AHEAD))) return;
-  const auto* impl = THPVariable_Unpack(PyList_GET_ITEM(list, i + AHEAD)).unsafeGetTensorImpl();
+constexpr Py_ssize_t AHEAD = 8, NEXT = 3;
+
+void fetch(const c10::TensorImpl* impl) {
   for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(impl) + line);
+}
+
+// The tensor `ahead` places on, if it is there and can be had without asking.
+const at::Tensor* tensor_ahead(PyObject* list, Py_ssize_t i, Py_ssize_t ahead) {
+  if (i + ahead >= PyList_GET_SIZE(list)) return nullptr;
+  PyObject* item = PyList_GET_ITEM(list, i + ahead);
+  return THPVariable_CheckExact(item) ? &THPVariable_Unpack(item) : nullptr;
+}
+
+// Most of the time goes into waiting for memory: ask for what comes next but a few, the gradients once their
+// parameters are there.
+void fetch(PyObject* list, Py_ssize_t i, bool grads) {
+  if (i + 2 * AHEAD < PyList_GET_SIZE(list)) __builtin_prefetch(PyList_GET_ITEM(list, i + 2 * AHEAD));
+  if (const auto* x = tensor_ahead(list, i, AHEAD)) fetch(x->unsafeGetTensorImpl());
+  if (const auto* x = grads ? tensor_ahead(list, i, NEXT) : nullptr) fetch(grad_of(*x).unsafeGetTensorImpl());
 }
 
 // An int64 array that belongs to Python.
@@ -70,17 +98,17 @@ PyObject* look_at(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   TORCH_CHECK_TYPE(addresses.size() == (2 + n_states) * n && kinds.size() == 2 * n, "arrays of another size");
   int of_params = SAME, of_grads = SAME, of_states = SAME;
   for (Py_ssize_t i = 0; i < n; i++) {
-    fetch(params, i);
+    fetch(params, i, true);
     const at::Tensor& p = tensor(params, i);
     of_params = std::max<int>(of_params, look(p, addresses.data()[i], kinds.data()[i]));
-    of_grads = std::max<int>(of_grads, look(p.grad(), addresses.data()[n + i], kinds.data()[n + i]));
+    of_grads = std::max<int>(of_grads, look(grad_of(p), addresses.data()[n + i], kinds.data()[n + i]));
   }
   for (Py_ssize_t k = 0; k < n_states; k++) {
     PyObject* state = PyList_GET_ITEM(states, k);
     TORCH_CHECK_TYPE(PyList_Check(state) && PyList_GET_SIZE(state) == n, "a state needs a tensor for each parameter");
     int64_t* known = addresses.data() + (2 + k) * n;
     for (Py_ssize_t i = 0; i < n; i++) {
-      fetch(state, i);
+      fetch(state, i, false);
       const auto now = reinterpret_cast<int64_t>(tensor(state, i).const_data_ptr());
       if (known[i] != now) of_states = MOVED;
       known[i] = now;

@@ -223,10 +223,13 @@ class Engine:
         for device, part in _by_device(cohorts).items():
             executor = executor_of(part, name)
             if executor == "triton":
-                self._triton.setdefault(device, TritonRuns()).run(part, reduce, launch)
+                if device not in self._triton:
+                    self._triton[device] = TritonRuns()
+                self._triton[device].run(part, reduce, launch)
             else:
                 _only_kernels_replay(launch)
-                (run_llvm if executor == "llvm" else run_blocks)(part, reduce)
+                with torch.no_grad():
+                    (run_llvm if executor == "llvm" else run_blocks)(part, reduce)
             used.append((executor, part))
         return used
 
@@ -352,6 +355,8 @@ def executor_for(device: str, name: str | None) -> str:
 def _by_device(cohorts: list[Cohort]) -> dict[torch.device, list[Cohort]]:
     """The cohorts of each device."""
     devices: dict[torch.device, list[Cohort]] = {}
+    if len(cohorts) == 1:
+        return {cohorts[0].params[0].device: cohorts}
     for cohort in cohorts:
         devices.setdefault(cohort.params[0].device, []).append(cohort)
     return devices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from hashlib import sha256
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .blocks import run_blocks
 from .plan import Cohort
 from .program import Program
-from .tables import Tables
+from .tables import Table, Tables
 from .triton_source import BLOCK, WARPS, Layout, source_of
 from .work import Reduce
 
@@ -138,7 +139,8 @@ class Launch:
     def __init__(self, kernels: Kernels, tables: Tables, align: int, n_tensors: int, n_rows: int) -> None:
         self.kernels, self.tables, self.align = kernels, tables, align
         self.n_tensors, self.n_rows = n_tensors, n_rows
-        self._compiled: dict[int, Any] = {}
+        #: For each kernel the table of scalars that it was launched with, what launches it again, and the arguments.
+        self._known: dict[tuple[Any, ...], tuple[Tensor | None, Callable[..., Any], tuple[int, ...]]] = {}
         self.program, layout = kernels.program, kernels.layout
         self.compute = torch.float64 if layout.double else torch.float32
         counted = [sum(self.program.nodes[i].op != "count" for i in phase.reductions) for phase in self.program.phases]
@@ -146,37 +148,41 @@ class Launch:
         self.values = tables.scratch("values", (max(len(layout.values), 1), n_tensors), torch.float64)
         self.totals = tables.scratch("totals", (max(len(layout.totals), 1), n_tensors), torch.float64)
 
-    def counts(self) -> tuple[int, int, int]:
-        return self.n_tensors, self.n_rows, self.tables.n_chunks
-
     def stage(self, k: int, add: bool, scalars: bool) -> None:
         """Launch what is done per tensor before pass `k`."""
-        if not self.kernels.layout.stage(k):
-            return
-        t = self.tables
-        self.kernels.functions[f"stage_{k}"][(self.n_tensors,)](
-            t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.first_chunk.on_device, t.scalars.on_device,
-            self.values, self.partials, self.totals, *self.counts(),
-            ADD=add, SCALARS=scalars, WIDE=BLOCK, num_warps=WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+        if self.kernels.layout.stage(k):
+            t = self.tables
+            tables = (t.addresses, t.sizes, t.rows, t.first_chunk, t.scalars)
+            work = (self.values, self.partials, self.totals)
+            constants = {"ADD": add, "SCALARS": scalars, "WIDE": BLOCK}
+            self._launch(f"stage_{k}", self.n_tensors, tables, work, constants)
 
     def sweep(self, k: int) -> None:
         """Launch pass `k`."""
         t, phase = self.tables, self.program.phases[k]
-        if not t.n_chunks or not (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
+        if t.n_chunks and (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
+            tables = (t.addresses, t.sizes, t.rows, t.chunk_tensor, t.chunk_number, t.scalars)
+            constants = {"BLOCK": BLOCK, "ALIGN": self.align}
+            self._launch(f"pass_{k}", t.n_chunks, tables, (self.values, self.partials), constants)
+
+    def _launch(
+        self, name: str, programs: int, tables: Sequence[Table], work: Sequence[Tensor], constants: dict[str, int]
+    ) -> None:
+        """Launch a kernel; from the second time on without looking at its arguments, for nothing about them is new."""
+        key = name, *constants.values()
+        known = self._known.get(key)
+        if known is not None and known[0] is self.tables.scalars.on_device:
+            known[1](*known[2])
             return
-        arguments = (
-            t.addresses.on_device, t.sizes.on_device, t.rows.on_device, t.chunk_tensor.on_device,
-            t.chunk_number.on_device, t.scalars.on_device, self.values, self.partials, *self.counts(),
-        )  # fmt: skip
-        if k in self._compiled:  # everything that the kernel was compiled for is as it was
-            self._compiled[k][(t.n_chunks, 1, 1)](*arguments, BLOCK, self.align)
-            return
-        compiled = self.kernels.functions[f"pass_{k}"][(t.n_chunks,)](
-            *arguments, BLOCK=BLOCK, ALIGN=self.align, num_warps=WARPS, enable_fp_fusion=False
+        counts = self.n_tensors, self.n_rows, self.tables.n_chunks
+        pointers: list[Any] = [*(table.on_device for table in tables), *work]
+        compiled = self.kernels.functions[name][(programs,)](
+            *pointers, *counts, **constants, num_warps=WARPS, enable_fp_fusion=False
         )
-        if _takes(compiled, len(arguments) + 2):
-            self._compiled[k] = compiled
+        if _takes(compiled, len(pointers) + len(counts) + len(constants)):
+            # an address is taken as it is, while Triton asks the driver about each tensor
+            arguments = (*(x.data_ptr() for x in pointers), *counts, *constants.values())
+            self._known[key] = self.tables.scalars.on_device, compiled[(programs, 1, 1)], arguments
 
 
 class _Prepared:
@@ -275,4 +281,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Make `device` the current one, where it is not."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
