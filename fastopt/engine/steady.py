@@ -21,17 +21,12 @@ from ..state import Entry, ParamState
 from ..watched import Watch, watch_of
 from .chain import Chain, Kind, Row, hypers_kind
 from .columns import NoColumn, columns, evaluate_columns, row_of
-from .look import Looked, grads_of, same_members
+from .look import Looked, grads_of, same, same_members
 from .plan import Cohort
 from .recorder import NotRecordable
 from .work import GroupWork
 
 _GroupKind = tuple[list[str], list[type], Kind | None]
-
-
-def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two sequences hold the same objects."""
-    return a is b or (len(a) == len(b) and all(map(is_, a, b)))
 
 
 class SteadyCohort:
