@@ -1,14 +1,16 @@
 """How long one optimizer step takes, beside others' optimizers and beside the least time that the memory allows.
 
-    python scripts/bench_step.py --out docs/benchmarks/step-h200.json   # table, JSON and chart
-    python scripts/bench_step.py --models llama-1.3b --rules Adam,Lamb
-    python scripts/bench_step.py --chart docs/benchmarks/step-h200.json -o docs/benchmarks/step.svg
+    fastopt bench step --out step-h200.json                # JSON, and beside it the table and the chart
+    fastopt bench step --models llama-1.3b --rules Adam,Lamb
+    fastopt bench step --chart step-h200.json -o step.svg
 
 Every optimizer of a row steps the same parameters and gradients, in turns; times are medians over the rounds. What the
 columns mean is in docs/benchmarks/step.md. For rows of HeavyBall and pytorch-optimizer:
 
     pip install --no-deps --target .peers heavyball pytorch-optimizer opt-einsum
-    python scripts/bench_step.py --peers .peers
+    fastopt bench step --peers .peers
+
+From a checkout without an installation: `python scripts/bench_step.py`.
 """
 
 from __future__ import annotations
@@ -23,18 +25,17 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # this checkout, whatever is installed
-
-from bench import chart, results, rivals
-from bench.clock import Clock, copy_bandwidth
-from bench.first import CACHES, first_step, time_first_step
-from bench.models import MODELS
-from bench.results import Result
-from bench.step import Settings, measure, plan
+from . import chart, results, rivals
+from .clock import Clock, copy_bandwidth
+from .first import CACHES, first_step, time_first_step
+from .measuring import Settings, measure, plan
+from .models import MODELS
+from .results import Result
 
 DEFAULT_MODELS = {
     "cuda": "llama-1.3b,resnet-50,vit-b,small-1000,mixed-10000",
@@ -48,9 +49,9 @@ DEFAULT_RULES = {
 }
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
+    """The options of a run; a mistake among them ends the process with a sentence."""
+    parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--models", help="comma-separated, of: " + ", ".join(MODELS))
     parser.add_argument("--rules", help="comma-separated, of: " + ", ".join(rivals.RULES) + "; without: the usual ones")
@@ -64,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--first-step", metavar="RULE", help="print the milliseconds of one first step, no more")
     parser.add_argument("--chart", type=Path, metavar="JSON", help="draw this result, measure nothing")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
     args.models = (args.models or DEFAULT_MODELS[args.device]).split(",")
     args.rules = (args.rules or DEFAULT_RULES[args.device]).split(",")
     for name, known in (("models", MODELS), ("rules", rivals.RULES)):
@@ -72,6 +73,11 @@ def arguments() -> argparse.Namespace:
             parser.error(f"--{name}: {unknown[0]!r} is none of {', '.join(known)}")
     if args.chart and not args.out:
         parser.error("--chart needs -o FILE.svg")
+    if args.chart:
+        try:
+            args.chart = results.read(args.chart)
+        except (OSError, ValueError) as error:
+            parser.error(f"--chart: {error}")
     return args
 
 
@@ -118,12 +124,18 @@ def run(args: argparse.Namespace) -> Result:
     return result
 
 
-def main() -> None:
-    args = arguments()
+def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Measure what the options say.
+
+    Args:
+        given: the options; without, those of the process.
+        prog: what the help calls the command.
+    """
+    args = arguments(given, prog)
     if args.peers:
         sys.path.append(str(args.peers.resolve()))
     if args.chart:
-        chart.draw(results.read(args.chart), args.out)
+        chart.draw(args.chart, args.out)
         return
     if args.first_step:
         print(time_first_step(args.models[0], args.first_step, args.device))
@@ -135,7 +147,3 @@ def main() -> None:
     print(f"\n{results.page(result)}\n{time.perf_counter() - start:.0f} s in all")
     if args.out:
         chart.draw(result, args.out.with_suffix(".svg"))
-
-
-if __name__ == "__main__":
-    main()
