@@ -21,7 +21,6 @@ import importlib.util
 import math
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from ...machine import cpu_name
 from . import chart, results, rivals
 from .clock import Clock, copy_bandwidth
 from .first import CACHES, first_step, time_first_step
@@ -85,9 +85,7 @@ def device_name(device: str) -> str:
     """What the times were taken on."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return f"CPU, {models[0] if models else platform.processor() or platform.machine()}"
+    return f"CPU, {cpu_name()}"
 
 
 def versions() -> dict[str, str]:
