@@ -26,6 +26,8 @@ GRACE = 10.0
 
 _RAISED = re.compile(r"^(?:\[rank\d+\]:\s*)?(?:\w+\.)*(\w*(?:Error|Exception)): (.+)$", re.MULTILINE)
 _OF_TORCHRUN = {"ChildFailedError"}
+_LOG = re.compile(r"^[WE]\d{4} .*torch/distributed/elastic", re.MULTILINE)
+_SHOWN = 20
 
 
 def collectives(n: int, seconds: float) -> Iterator[Finding]:
@@ -40,7 +42,7 @@ def collectives(n: int, seconds: float) -> Iterator[Finding]:
 
 def check(backend: str, n: int, seconds: float) -> Finding:
     """Run `ranks.py` on `n` ranks that have `seconds`."""
-    name = f"{backend}, {n} ranks"
+    name = f"{backend} on {n} ranks"
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         start = time.perf_counter()
@@ -48,7 +50,7 @@ def check(backend: str, n: int, seconds: float) -> Finding:
         took = time.perf_counter() - start
         found = json.loads(result.read_text()) if code == 0 and result.exists() else None
     if found is None:
-        return Finding("ranks", name, "broken", f"{cause(output, seconds)}; {HINTS[backend]}", output[-4000:])
+        return Finding("ranks", name, "broken", f"{cause(output, seconds)}; {HINTS[backend]}", last_words(output))
     if found["wrong"]:
         return Finding("ranks", name, "broken", ", ".join(found["wrong"]))
     speed = f"all-reduce {found['us']:.0f} us, of 4 MiB {found['gb_per_s']:.2g} GB/s"
@@ -62,6 +64,11 @@ def cause(output: str, seconds: float) -> str:
     raised = [f"{kind}: {text}" for kind, text in _RAISED.findall(output) if kind not in _OF_TORCHRUN]
     lines = output.strip().splitlines()
     return raised[0] if raised else lines[-1] if lines else "the ranks ended without a word"
+
+
+def last_words(output: str) -> str:
+    """The last lines that ranks have printed, without what torchrun says about it."""
+    return "\n".join(_LOG.split(output)[0].rstrip().splitlines()[-_SHOWN:])
 
 
 def _run(command: list[str], seconds: float) -> tuple[int | None, str]:

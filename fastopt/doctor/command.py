@@ -89,4 +89,4 @@ def _print(findings: Sequence[Finding]) -> None:
     for finding in broken:
         if finding.detail:
             say(f"\n{finding.area}, {finding.name}:\n{finding.detail}")
-    say(f"\nbroken: {', '.join(f.name for f in broken)}" if broken else "\nnothing is broken")
+    say(f"\nbroken: {'; '.join(f.name for f in broken)}" if broken else "\nnothing is broken")

@@ -24,7 +24,7 @@ def steps() -> Iterator[Finding]:
 
 def step(name: str, device: str) -> Finding:
     """What runs the chain on the device, and whether it does so rightly."""
-    what = f"{name}, {device}"
+    what = f"{name} on {device}"
     try:
         after, choice = _stepped(CHAINS[name], device, None)
         expected, _ = _stepped(CHAINS[name], device, "eager")
