@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt import Optimizer
-
+from ... import Optimizer
 from .clock import Clock
 from .models import MODELS
 from .results import Row

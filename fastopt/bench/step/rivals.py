@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastopt import SGD, Adam, Lamb, Larc, Optimizer, QHAdam, RAdam, RMSProp, average_grad, ranger, weight_decay
+from ... import SGD, Adam, Lamb, Larc, Optimizer, QHAdam, RAdam, RMSProp, average_grad, ranger, weight_decay
 
 Groups = Sequence[Sequence[Tensor]]
 

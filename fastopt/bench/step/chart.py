@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..svg import BLUE, GRAY, GREEN, ORANGE, PURPLE, YELLOW, plain, pyplot, save
 from .models import MODELS
 from .results import Result, Row
 from .rivals import FUSED, OURS
-from .svg import BLUE, GRAY, GREEN, ORANGE, PURPLE, YELLOW, plain, pyplot, save
 
 COLOURS = {
     OURS: BLUE,

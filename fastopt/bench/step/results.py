@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from ..values import made
 
 
 @dataclass
@@ -69,12 +70,7 @@ def read(path: Path) -> Result:
         first = [made(FirstStep, row) for row in found.pop("first", [])]
         return made(Result, {**found, "rows": rows, "first": first})  # type: ignore[no-any-return]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no result of bench_step.py: {error!r}") from error
-
-
-def made(kind: Any, values: dict[str, Any]) -> Any:
-    """The dataclass `kind` from those of `values` that are its fields."""
-    return kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
+        raise ValueError(f"{path} is no result of `fastopt bench step`: {error!r}") from error
 
 
 def page(result: Result) -> str:
@@ -82,7 +78,7 @@ def page(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     parts = [
         f"# {result.device}: time of a step",
-        "Written by `scripts/bench_step.py`; [what the columns mean](step.md).",
+        "Written by `fastopt bench step`; [what the columns mean](step.md).",
         f"{versions}, {result.threads} threads; copy {result.copy_gb_per_s:.0f} GB/s.",
         "\n".join([*HEAD, *lines(result.rows)]),
     ]

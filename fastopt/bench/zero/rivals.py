@@ -19,10 +19,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from fastopt import Adam
-from fastopt.distributed import shard
-
-from .zero_model import LanguageModel, Size
+from ... import Adam
+from ...distributed import shard
+from .model import LanguageModel, Size
 
 Iteration = Callable[[], Any]
 Iterations = dict[str, Iteration]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .svg import BLUE, GRAY, ORANGE, plain, pyplot, save
-from .zero_results import Result
-from .zero_rivals import COMPUTE
+from ..svg import BLUE, GRAY, ORANGE, plain, pyplot, save
+from .results import Result
+from .rivals import COMPUTE
 
 
 def draw(result: Result, path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .results import made
+from ..values import made
 from .trace import Kernels
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def read(path: Path) -> Result:
         found = json.loads(path.read_text())
         return made(Result, {**found, "rows": [_row(row) for row in found["rows"]]})  # type: ignore[no-any-return]
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no result of bench_zero.py: {error!r}") from error
+        raise ValueError(f"{path} is no result of `fastopt bench zero`: {error!r}") from error
 
 
 def _row(values: dict[str, Any]) -> Any:
@@ -117,7 +117,7 @@ def page(result: Result) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     parts = [
         f"# {result.world_size} x {result.device}: time of an iteration",
-        "Written by `scripts/bench_zero.py`; [what the columns mean](zero.md).",
+        "Written by `fastopt bench zero`; [what the columns mean](zero.md).",
         f"{result.model}, {result.parameters / 1e6:,.1f} million parameters, {result.tokens:,} tokens per rank and "
         f"iteration; {versions}.",
         "\n".join([*HEAD, *map(line, result.rows)]),

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from . import trace
-from .zero_model import count_parameters
-from .zero_results import Row
-from .zero_rivals import COMPUTE, OTHERS, Iteration, Iterations, Setting, compute_only
+from .model import count_parameters
+from .results import Row
+from .rivals import COMPUTE, OTHERS, Iteration, Iterations, Setting, compute_only
 
 LEAD_IN = 2
 """Iterations at the start of a turn that are not timed: then a turn is what goes on for ever in training."""

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import tempfile
-from pathlib import Path
 
 import torch
 
+from ...launch import alone, environment
 from .clock import Clock
+from .measuring import tensors_of
 from .results import FirstStep
 from .rivals import RULES
-from .step import tensors_of
 
 CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")
 """Environment variables that say where compilers keep what they have made."""
@@ -25,12 +23,11 @@ def first_step(model: str, rule: str, device: str) -> FirstStep:
     Raises:
         RuntimeError: a process failed; the message ends with what it printed.
     """
-    script = Path(__file__).parent.parent / "bench_step.py"
-    command = [sys.executable, str(script), "--first-step", rule, "--models", model, "--device", device]
+    command = alone("fastopt.bench.step", "--first-step", rule, "--models", model, "--device", device)
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(2):
-            env = {**os.environ, **{name: f"{folder}/{name}" for name in CACHES}}
+            env = environment(**{name: f"{folder}/{name}" for name in CACHES})
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"the first step of {rule} failed in a fresh process:\n{done.stderr[-2000:]}")
