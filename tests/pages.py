@@ -22,7 +22,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python under a heading of the second level. `kind` is what follows the language, such as "torchrun"."""
+    """A block of Python under a heading of the second level. `kind` is what follows the language, as in "torchrun"."""
 
     section: str
     kind: str
