@@ -22,13 +22,14 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python under a heading of the second level. `kind` is what follows the language, as in "torchrun"."""
+    """A block of Python under its heading of the second level. `kind` is what follows the language, as in "torchrun"."""
 
     section: str
     kind: str
     code: str
 
-    def __str__(self) -> str:
+    def title(self) -> str:
+        """Its first line, where that is a comment."""
         return self.code.splitlines()[0].strip("# ")
 
     def run(self, folder: Path, ranks: int = 2) -> str:

@@ -14,7 +14,7 @@ PAGE = "docs/integrations.md"
 HERE = "PyTorch"
 
 
-@pytest.mark.parametrize("block", blocks(PAGE, HERE), ids=str)
+@pytest.mark.parametrize("block", blocks(PAGE, HERE), ids=Block.title)
 def test_example(block: Block, tmp_path: Path) -> None:
     block.run_here(tmp_path)
 
