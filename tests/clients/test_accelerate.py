@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastopt
 
+from ..pages import Block, blocks
 from ..ranks import RankPool
 
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
@@ -130,19 +131,21 @@ def test_half_precision_without_a_scaler() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
-def _prepared(plugin: FullyShardedDataParallelPlugin) -> tuple[Any, ...]:
-    """Accelerate's FSDP2 on the CPU; it offers it for accelerators only, but nothing in it needs one."""
+def _prepared(fsdp2: bool) -> tuple[Any, ...]:
+    """Accelerate's DDP, or its FSDP2, which it offers for accelerators only, although nothing in it needs one."""
     forget()
     accelerator = Accelerator(cpu=True)
-    for state in (AcceleratorState, PartialState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = plugin
+    if fsdp2:
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+        accelerator.state.fsdp_plugin = plugin
     model = network()
     opt = fastopt.Adam(model.parameters(), **AS_TORCHS)  # type: ignore[arg-type]
     return accelerator, *accelerator.prepare(model, opt)
 
 
-def _under_fsdp2(rank: int, world_size: int, folder: str) -> tuple[list[Tensor], list[Tensor], bool]:
+def _on_ranks(rank: int, world_size: int, fsdp2: bool, folder: str) -> tuple[list[Tensor], list[Tensor], bool]:
     """Weights after `STEPS` steps, in one go and resumed half-way; whether the optimizer holds DTensors."""
 
     def steps(prepared: tuple[Any, ...], chosen: slice) -> None:
@@ -154,29 +157,34 @@ def _under_fsdp2(rank: int, world_size: int, folder: str) -> tuple[list[Tensor],
             opt.zero_grad()
 
     def whole(prepared: tuple[Any, ...]) -> list[Tensor]:
-        return [p.full_tensor().detach() for p in prepared[1].parameters()]
+        return [(p.full_tensor() if fsdp2 else p).detach() for p in prepared[1].parameters()]
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
-    one = _prepared(plugin)
+    one = _prepared(fsdp2)
     steps(one, slice(3))
     one[0].save_state(folder)
     steps(one, slice(3, None))
-    two = _prepared(plugin)
+    two = _prepared(fsdp2)
     two[0].load_state(folder)
     steps(two, slice(3, None))
     sharded = all(hasattr(p, "placements") for p in one[2].param_groups[0]["params"])
     return whole(one), whole(two), sharded
 
 
-def test_fsdp2_beside_one_process(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
-    """The optimizer is built before the model is sharded: Accelerate replaces the parameters in its groups."""
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_two_ranks_beside_one_process(ranks: Callable[[int], RankPool], fsdp2: bool, tmp_path: Path) -> None:
+    """Under FSDP2 the optimizer is built before the model is sharded: Accelerate replaces what is in its groups."""
     expected = network()
     plain = torch.optim.AdamW(expected.parameters(), **AS_TORCHS)  # type: ignore[arg-type]
     for x, y in batches():
         loss(expected, x, y).backward()
         plain.step()
         plain.zero_grad()
-    for weights, resumed, sharded in ranks(2).run(_under_fsdp2, str(tmp_path)):
-        assert sharded
+    for weights, resumed, sharded in ranks(2).run(_on_ranks, fsdp2, str(tmp_path)):
+        assert sharded == fsdp2
         torch.testing.assert_close(weights, [p.detach() for p in expected.parameters()], rtol=1e-10, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
+@pytest.mark.parametrize("block", blocks("docs/integrations.md", "Accelerate"), ids=Block.title)
+def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
+    assert "'lr'" in block.run_here(tmp_path)

@@ -15,11 +15,20 @@ from torch import Tensor, nn
 
 import fastopt
 
+from ..pages import Block, blocks
+
 pytest.importorskip("fastai", reason="fastai is not installed")
 
 import fastai.optimizer as fastais
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner, load_learner, params
-from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision, ProgressCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.all import (
+    GradientAccumulation,
+    GradientClip,
+    MixedPrecision,
+    ProgressCallback,
+    ReduceLROnPlateau,
+    SaveModelCallback,
+)
 from torch.amp import GradScaler, autocast
 
 BATCHES = 6
@@ -103,9 +112,7 @@ def assert_close(one: Any, two: Any) -> None:
 def test_frozen_then_one_cycle_with_rates_per_group(name: str, tmp_path: Path) -> None:
     here, there, hypers = PAIRS[name]
     # where a parameter does not decay, fastai's LARC takes its decay into the ratio all the same: so all decay there
-    learners = [
-        learner(partial(make, **hypers), tmp_path, wd_bn_bias=name == "Larc") for make in (here, there)
-    ]
+    learners = [learner(partial(make, **hypers), tmp_path, wd_bn_bias=name == "Larc") for make in (here, there)]
     start = weights(learners[0])
     for learn in learners:
         learn.freeze()
@@ -171,6 +178,8 @@ def test_finding_a_rate_changes_nothing_and_a_learner_is_exported(tmp_path: Path
     for a, b in zip(weights(found), weights(plain), strict=True):
         assert torch.equal(a, b)
     assert isinstance(found.opt, fastopt.Adam)
+    found.freeze()
+    assert "Model frozen up to parameter group #2" in found.summary()
     x = torch.ones(1, 6, dtype=torch.float64)
     assert load_learner(tmp_path / "whole.pkl").model.eval()(x) == exported
 
@@ -227,3 +236,8 @@ def test_a_torch_optimizer_in_our_wrapper_decays_as_fastai_does(tmp_path: Path) 
     for learn in learners:
         learn.fit_one_cycle(2, slice(1e-3, 1e-2), wd=0.5)
     assert_close(*learners)
+
+
+@pytest.mark.parametrize("block", blocks("docs/integrations.md", "fastai"), ids=Block.title)
+def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
+    assert "'lr'" in block.run_here(tmp_path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastopt
 
+from ..pages import Block, blocks
 from .torchvision_stub import torchvision_stub
 
 if find_spec("timm") is None:
@@ -54,7 +55,13 @@ def images(update: int) -> tuple[Tensor, Tensor]:
 def train(model: nn.Module, opt: Any, epochs: range) -> list[list[float]]:
     """timm's training loop; returns the learning rates of the groups in each epoch."""
     schedule, _ = create_scheduler_v2(
-        opt, "cosine", num_epochs=EPOCHS, warmup_epochs=1, warmup_lr=1e-3, updates_per_epoch=UPDATES, step_on_epochs=False
+        opt,
+        "cosine",
+        num_epochs=EPOCHS,
+        warmup_epochs=1,
+        warmup_lr=1e-3,
+        updates_per_epoch=UPDATES,
+        step_on_epochs=False,
     )
     schedule.step_update(epochs.start * UPDATES)
     scaler = NativeScaler(device="cpu")
@@ -100,7 +107,7 @@ def test_a_class_with_groups_of_timm() -> None:
 
 
 def test_lookahead_by_prefix_and_ours() -> None:
-    """`lookahead_` puts timm's wrapper around ours, which does what it does around AdamW; ours as a chain does it too."""
+    """`lookahead_` puts timm's wrapper around ours, as around AdamW; `fastopt.Lookahead` does the same as a chain."""
     by_prefix, expected, ours = network(), network(), network()
     train(by_prefix, create_optimizer_v2(by_prefix, "lookahead_fastopt", **AS_TORCHS), range(EPOCHS))
     train(expected, create_optimizer_v2(expected, "lookahead_adamw", **AS_TORCHS), range(EPOCHS))
@@ -125,3 +132,8 @@ def test_its_checkpoint_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     start = resume_checkpoint(resumed, str(file), optimizer=two, log_info=False)
     train(resumed, two, range(start, EPOCHS))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("block", blocks("docs/integrations.md", "timm"), ids=Block.title)
+def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
+    assert "0." in block.run_here(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 import fastopt
+
+from ..pages import Block, blocks
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
 
@@ -24,6 +27,10 @@ AS_TORCHS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8}
 
 class Optimizers(OptimizersContainer[torch.optim.Optimizer]):
     """torchtitan's container; it looks names up in a fixed table, so ours are added to it."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """As there."""
 
     @staticmethod
     def _resolve_optimizer_factory(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -46,7 +53,7 @@ def build(name: str, model: list[nn.Module], implementation: Any = "for-loop", *
     """The containers of optimizers and of schedulers, with a group of its own for biases and norms."""
     hypers = {**AS_TORCHS, **hypers}
     bare = {**hypers, "weight_decay": 0.0}
-    config = OptimizersContainer.Config(
+    config = Optimizers.Config(
         param_groups=[
             ParamGroupConfig(pattern=r"bias|\.1\.", optimizer_name=name, optimizer_kwargs=bare),
             ParamGroupConfig(pattern=".*", optimizer_name=name, optimizer_kwargs={**hypers, "weight_decay": 0.1}),
@@ -54,7 +61,7 @@ def build(name: str, model: list[nn.Module], implementation: Any = "for-loop", *
         implementation=implementation,
     )
     model_parts = [named(part, f"part{i}") for i, part in enumerate(model)]
-    opt = Optimizers(config, model_parts=model_parts)
+    opt = config.build(model_parts=model_parts)
     return opt, LRSchedulersContainer.Config(warmup_steps=2).build(optimizers=opt, training_steps=STEPS)
 
 
@@ -104,3 +111,8 @@ def test_its_checkpoint_resumes_bit_for_bit(name: str, tmp_path: Path) -> None:
     dcp.load(loaded, checkpoint_id=str(tmp_path), no_dist=True)
     train(resumed, opt, schedule, range(3, STEPS))
     assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True))
+
+
+@pytest.mark.parametrize("block", blocks("docs/integrations.md", "torchtitan"), ids=Block.title)
+def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
+    assert "lr/Adam" in block.run_here(tmp_path)

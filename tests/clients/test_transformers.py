@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastopt
+
+from ..pages import Block, blocks
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -40,7 +43,7 @@ def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
         per_device_train_batch_size=4,
-        max_steps=STEPS,
+        max_steps=kwargs.pop("max_steps", STEPS),
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
@@ -84,6 +87,36 @@ def test_resumed_bit_for_bit(make: Any, tmp_path: Path) -> None:
     assert resumed.state.global_step == STEPS
 
 
+class Signed(fastopt.Optimizer):
+    """A chain of one's own as a class, with torch's name of the weight decay in its groups."""
+
+    hp_map: Mapping[str, str] = {"weight_decay": "wd"}
+
+    def __init__(self, params: Any, lr: float = 1e-3, **hypers: Any) -> None:
+        super().__init__(params, [fastopt.weight_decay, sign_step], lr=lr, **hypers)
+
+
+def sign_step(p: Tensor, lr: float, **kwargs: Any) -> None:
+    p.data.sub_(lr * p.grad.sign())  # type: ignore[union-attr]
+
+
+def test_a_class_of_ones_own_decays_what_the_trainer_says(tmp_path: Path) -> None:
+    """One step: p (1 - lr wd) - lr sign(g), with the decay of the group it came in."""
+    trainer = Trainer(
+        network(),
+        arguments(tmp_path, weight_decay=0.5, lr_scheduler_type="constant", max_steps=1),
+        train_dataset=rows(),
+        optimizer_cls_and_kwargs=(Signed, {"lr": 0.125}),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    assert 0 < len(decayed) < len(before)
+    for name, p in trainer.model.named_parameters():
+        moved = p - before[name] * (1 - 0.125 * 0.5 * (name in decayed))
+        assert ((moved.abs() - 0.125).abs() < 1e-12).logical_or(moved.abs() < 1e-12).all(), name
+
+
 def test_a_class_with_arguments_decays_what_the_trainer_says(tmp_path: Path) -> None:
     """Two groups arrive, with `weight_decay` 0.5 and, for biases and norms, 0."""
     trained: list[nn.Module] = []
@@ -100,3 +133,8 @@ def test_a_class_with_arguments_decays_what_the_trainer_says(tmp_path: Path) -> 
         assert [group["weight_decay"] for group in within.param_groups] == [0.5, 0.0]
         trained.append(trainer.model)
     torch.testing.assert_close(trained[0].state_dict(), trained[1].state_dict(), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("block", blocks("docs/integrations.md", "Hugging Face Trainer"), ids=Block.title)
+def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
+    assert "'lr'" in block.run_here(tmp_path)
