@@ -146,11 +146,29 @@ def test_what_is_installed_works(
     assert ("gloo on 2 ranks" in texts) == (not options)
 
 
-def test_constraints_name_every_direct_requirement_and_no_place() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+def listed(name: str) -> dict[str, str]:
+    """The packages of a list of requirements and their versions, "" where it has none."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
     assert [line for line in lines if "/" in line or "@" in line] == []
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    needed = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
-    names = {line.partition(">=")[0].partition("[")[0].lower() for line in needed}
-    assert names - pinned == {"fastopt"}
+    pairs = [line.partition("==") for line in lines if line]
+    return {name.lower().replace("_", "-"): version for name, _, version in pairs}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {line.partition(">=")[0].partition("[")[0].lower() for line in requirements}
+
+
+def test_constraints_name_every_direct_requirement_and_no_place() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = set().union(*(names(lines) for extra, lines in extras.items() if extra != "clients"))
+    needed |= names(PROJECT["project"]["dependencies"])
+    assert needed - listed("constraints.txt").keys() == {"fastopt"}
+
+
+def test_the_list_for_clients_has_the_extra_and_a_version_of_each() -> None:
+    clients, pinned = listed("requirements-clients.txt"), listed("constraints.txt")
+    assert names(PROJECT["project"]["optional-dependencies"]["clients"]) <= clients.keys()
+    assert names(PROJECT["project"]["dependencies"]) <= clients.keys()
+    assert {name for name, version in clients.items() if not version and name not in pinned} == set()
+    assert {name for name, version in clients.items() if version and name in pinned} == set()
+    assert "torchvision" not in clients
