@@ -124,7 +124,7 @@ class ShardedOptimizer(AroundOptimizer):
         work = self._slices(range(len(self.layout.params)))
         return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
 
-    @property
+    @property  # type: ignore[override]
     def state(self) -> ParamState:
         """The state of this rank's parts, see `Optimizer.state`. What is read is that after the last step."""
         if self._within is not None and self._lane.stepped:
