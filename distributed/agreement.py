@@ -154,6 +154,14 @@ class Agreement:
             for i in range(len(self._opt.param_groups))
         ]
 
+    def settings(self) -> dict[str, Any]:
+        """Hypers and freezing, subject to value."""
+        told: dict[str, Any] = {}
+        for i, values in enumerate(self._hypers()):
+            told[f"the freezing of group {i}"] = self._opt.param_groups[i].get("frozen", False)
+            told.update({f"hyper {name!r} of group {i}": value for name, value in values})
+        return told
+
     def _hypers_digest(self) -> bytes:
         """A digest of hypers and of marks that act like them, and of those that are still to be checked.
 

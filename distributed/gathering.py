@@ -18,7 +18,7 @@ Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_sta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,6 +28,7 @@ from torch.autograd.profiler import record_function
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
+from .wire import Wire
 
 _numbers = itertools.count()
 _numbered: WeakValueDictionary[int, Gathering] = WeakValueDictionary()
@@ -71,14 +72,15 @@ class Gathering:
         ]
         self._known = None
 
-    def start(self, params: Set[int]) -> None:
-        """Begin to bring the buckets of `params` from their owners to all ranks. Collective."""
-        self.synchronize()
-        for wire in self._buffers.gathering(params):
-            flat = self._buffers.buckets[wire.bucket.index]
-            with record_function(f"fastopt gather {flat.label}"):
-                self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
-        self._plan()
+    def begin(self, wire: Wire) -> None:
+        """Begin to bring a bucket from its owners to all ranks. Collective."""
+        flat = self._buffers.buckets[wire.bucket.index]
+        with record_function(f"fastopt gather {flat.label}"):
+            self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
+
+    def begun(self) -> None:
+        """All buckets that have stepped are under way: wait for those that no module will wait for."""
+        self._called.clear()
         self._wait(self._loose)
 
     def synchronize(self) -> None:
@@ -106,7 +108,7 @@ class Gathering:
             with record_function(f"fastopt wait for {self._buffers.buckets[index].label}"):
                 self._pending.pop(index).wait()
 
-    def _plan(self) -> None:
+    def plan(self) -> None:
         """Who waits for which buckets in the next forward pass, going by the modules that the last one called."""
         called = frozenset(self._called - self._traced)
         self._called.clear()

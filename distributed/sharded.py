@@ -18,7 +18,7 @@ from ..engine.master import MASTER
 from ..hypers import Group
 from ..optimizer import Optimizer
 from ..pieces import Box, NamedState
-from ..state import flags_of
+from ..state import ParamState, flags_of
 from ..state_dict import load_state_dict, pack
 from .agreement import Agreement
 from .around import AroundOptimizer, refuse
@@ -26,10 +26,13 @@ from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
 from .gathering import Gathering
-from .gradients import Gradients, LocalGradients, scale
+from .gradients import Gradients, LocalGradients
+from .in_backward import InBackward, refused
+from .lane import Lane
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
+from .pipeline import Pipeline
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
 from .sharded_state import Held, consolidate, tensor_bytes
@@ -59,12 +62,14 @@ class ShardedOptimizer(AroundOptimizer):
         params: Sequence[Tensor],
         stage: Literal[1, 2],
         reduce_dtype: torch.dtype | None = None,
+        step_in_backward: bool = False,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
         self.model = model
         self.stage = stage
         self._ranks = ranks
+        self._lane = Lane.beside(params) if stage == 2 and ranks.world_size > 1 else Lane(None)
         self._buffers = Buffers(layout, ranks.rank, params, ranks.transport)
         self._agreement = Agreement(self, ranks, self._buffers)
         self._consolidated: dict[int, dict[str, Any]] | None = None
@@ -74,9 +79,15 @@ class ShardedOptimizer(AroundOptimizer):
         self._gradients: Gradients = (
             LocalGradients(ranks, self._buffers, self._agreement)
             if stage == 1
-            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype)
+            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype, self._lane)
         )
         self._gathering = Gathering(ranks, self._buffers, model)
+        self._pipeline = Pipeline(self._lane, self._buffers, self._gradients, self._gathering, self._run)
+        self._in_backward: InBackward | None = None
+        if step_in_backward and isinstance(self._gradients, ReducedGradients):
+            about = self._lane, self._buffers, self._gathering, self._agreement
+            self._in_backward = InBackward(*about, self._run, lambda: self._beside)
+            self._gradients.in_backward = self._in_backward
         self._keep_own_state()
         teach_grad_scaler()
         opt.register_step_pre_hook(refuse("step"))
@@ -113,6 +124,17 @@ class ShardedOptimizer(AroundOptimizer):
         work = self._slices(range(len(self.layout.params)))
         return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
 
+    @property  # type: ignore[override]
+    def state(self) -> ParamState:
+        """The state of this rank's parts, see `Optimizer.state`. What is read is that after the last step."""
+        if self._within is not None and self._lane.stepped:
+            self._lane.join()
+        return super().state
+
+    @state.setter
+    def state(self, state: ParamState) -> None:
+        AroundOptimizer.state.fset(self, state)  # type: ignore[attr-defined]
+
     @property
     def needs(self) -> Needs:
         """What the chain must see of a parameter, see `Optimizer.needs`; `'whole'` in a layout of whole parameters."""
@@ -144,21 +166,41 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._gradients.settle("step")
-        if self._only_recorded:
-            self._agreement.ask("step", False, self._not_recorded(stepping))
-        self._gathering.synchronize()
-        if self.layout.kind == "whole":
-            self._run_whole(stepping)
+        if self._in_backward is not None:
+            self._in_backward.check()
+            self._gradients.settle("step")
+            self._gathering.begun()
         else:
-            self._run_slices(stepping)
-        self._gathering.start(frozenset(stepping))
+            stepping = self._gradients.settle("step")
+            if self._only_recorded:
+                self._agreement.ask("step", False, self._not_recorded(stepping))
+            self._pipeline.step(stepping, self._separable, self._beside)
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
 
-    def _run_slices(self, stepping: list[int]) -> None:
+    @property
+    def _separable(self) -> bool:
+        """Whether the chain steps each parameter without a look at others."""
+        if self.layout.kind == "whole":
+            return not any(hasattr(cb, "step_all") for cb in self.cbs)
+        return chain_needs(self.cbs) == "elementwise"
+
+    @property
+    def _beside(self) -> bool:
+        """Whether a step may go beside what the model does next: it runs kernels of the engine, on numbers."""
+        tensors = any(isinstance(value, Tensor) for group in self.param_groups for value in group.values())
+        return self.opt.runner.recorded and self._separable and not tensors
+
+    def _run(self, stepping: Sequence[int], part: int) -> None:
+        """Run the chain on what this rank owns of some parameters."""
+        if self.layout.kind == "whole":
+            self._run_whole(stepping, part)
+        else:
+            self._run_slices(stepping, part)
+
+    def _run_slices(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
         work = self._slices(stepping)
         for i in stepping:
@@ -166,13 +208,14 @@ class ShardedOptimizer(AroundOptimizer):
             self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
-            self.opt.run(work, self._reduce if recorded or chain_needs(self.cbs) == "norm" else None, recorded=recorded)
+            reduce = self._reduce if recorded or chain_needs(self.cbs) == "norm" else None
+            self.opt.run(work, reduce, recorded=recorded, part=part_of_step)
         finally:
             for each in work:
                 for part in each.params:
                     part.grad = None
 
-    def _run_whole(self, stepping: list[int]) -> None:
+    def _run_whole(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on the parameters that this rank owns."""
         work, before = [], []
         for group, members in self._by_group([i for i in stepping if self.layout.owner(i) == self.rank]):
@@ -184,7 +227,7 @@ class ShardedOptimizer(AroundOptimizer):
             work.append(self._work(group, members, params))
         try:
             if work:
-                self.opt.run(work)
+                self.opt.run(work, part=part_of_step)
         finally:
             for p, grad in before:
                 p.grad = None
@@ -253,7 +296,13 @@ class ShardedOptimizer(AroundOptimizer):
     # ---- gradients
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop or zero the gradients, reduced ones too. See `Optimizer.zero_grad`."""
+        """Drop or zero the gradients, reduced ones too. See `Optimizer.zero_grad`.
+
+        Raises:
+            RuntimeError: the step has been made in backward and `step` has not been called.
+        """
+        if self._in_backward is not None and self._in_backward.stepped and not self._gradients.in_round:
+            raise refused("zero_grad() before opt.step()", "Call opt.step() after every synchronised backward pass")
         super().zero_grad(set_to_none)
         self._gradients.clear()
 
@@ -277,24 +326,32 @@ class ShardedOptimizer(AroundOptimizer):
 
         Raises:
             ValueError: `norm_type` is not positive.
+            RuntimeError: the optimizer steps in backward.
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
-        parts = self._gradients.held(self._gradients.settle("clip_grad_norm_"))
+        if self._in_backward is not None:
+            raise refused("clip_grad_norm_()", "Bound what the step does in the chain")
+        present = self._gradients.settle("clip_grad_norm_")
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
-        total = total_norm(parts, float(norm_type), self._ranks, device).float()
-        scale(parts, clip_factor(total, max_norm))
-        return total
+        with self._lane.inside():
+            total = total_norm(self._gradients.held(present), float(norm_type), self._ranks, device).float()
+            self._gradients.scale(present, clip_factor(total, max_norm))
+        return self._lane.bring(total)
 
     @torch.no_grad()
     def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
         """What `GradScaler.unscale_` calls, see scaling.py. Collective: an inf on one rank is one on all."""
+        if self._in_backward is not None:
+            raise refused("GradScaler, which unscales gradients and skips steps,", "Train in bfloat16 without a scaler")
         active = self._gradients.settle("unscale_")
-        if self.stage == 1:
-            found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
-        else:
-            found = unscale(self._gradients.held(active), inv_scale, found_inf)
-        return {found.device: self._ranks.largest(found)}
+        with self._lane.inside():
+            if self.stage == 1:
+                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+            else:
+                found = unscale(self._gradients.held(active), inv_scale, found_inf)
+            found = self._ranks.largest(found)
+        return {found.device: self._lane.bring(found)}
 
     # ---- groups
 
@@ -332,6 +389,7 @@ class ShardedOptimizer(AroundOptimizer):
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
         self._gathering.watch()
+        self._pipeline.grown()
         self._agreement.grown(len(params))
 
     # ---- state

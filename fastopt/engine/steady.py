@@ -73,6 +73,11 @@ class SteadyCohort:
         assert self.cohort.looked is not None
         return self.cohort.looked.again(states=self.owner is None or self.owner.handed_out)
 
+    def excuse(self, owner: ParamState, changes: int) -> None:
+        """Leave `changes` of `owner` out of account: a step of other parameters has made them."""
+        if owner is self.owner:
+            self._changes += changes
+
     def _same_entries(self) -> bool:
         """Whether every state has the entries that the last step left, looked at one by one."""
         states, row_index = self.cohort.states, self.cohort.row_index
@@ -228,6 +233,11 @@ class Steady:
         if all(each.unchanged() for each in self.steady) and all(each.renew() for each in self.steady):
             return [each.cohort for each in self.steady]
         return None
+
+    def excuse(self, owner: ParamState, changes: int) -> None:
+        """Leave `changes` of `owner` out of account: a step of other parameters has made them."""
+        for each in self.steady:
+            each.excuse(owner, changes)
 
     def stepping(self) -> dict[int, list[Any]]:
         """The parameters that stepped, by group."""
