@@ -31,6 +31,6 @@ for _ in range(5):
     opt.zero_grad()
 save(url, step=done + 5, model=model, opt=opt, scheduler=schedule, extra={"by": "s3_resume.py"})
 
-print(f"steps {done + 1} to {done + 5}, lr {opt.hypers[0]['lr']:g}; on S3: {[entry.step for entry in steps(url)]}", flush=True)
+print(f"steps {done + 1} to {done + 5}, lr {opt.hypers[0]['lr']:g}; on S3: {steps(url)}", flush=True)
 if dist.is_initialized():
     dist.destroy_process_group()
