@@ -49,9 +49,9 @@ def prune(
 ) -> list[int]:
     """Remove checkpoints that are no longer needed, and leftovers of saves that died; the steps removed.
 
-    The newest one that `verify` found sound stays, and all that those which stay take files from. What is not a complete
-    checkpoint is left alone, and so is every file that is not ours. To be called after a save has returned. Only rank 0
-    of the default group does anything. Not collective.
+    The newest one that `verify` found sound stays, and all that those which stay take files from. What is not a
+    complete checkpoint is left alone, and so is every file that is not ours. To be called after a save has returned.
+    Only rank 0 of the default group does anything. Not collective.
 
     Args:
         url: the root of the checkpoints.

@@ -4,7 +4,7 @@ import tempfile
 
 import torch
 from fastai.basics import DataLoader, DataLoaders, Learner, params
-from fastai.callback.all import ProgressCallback, fit_one_cycle  # noqa: F401  (adds the method to Learner)
+from fastai.callback.all import ProgressCallback  # with it comes fit_one_cycle
 from torch import nn
 from torch.utils.data import TensorDataset
 

@@ -1,7 +1,7 @@
 """Checkpoints on S3. Run it as often as you like: each run goes on where the one before stopped.
 
-    export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=...
-    python s3_resume.py s3://bucket/run   # or torchrun --nproc-per-node=2 s3_resume.py s3://bucket/run
+export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=...
+python s3_resume.py s3://bucket/run   # or torchrun --nproc-per-node=2 s3_resume.py s3://bucket/run
 """
 
 import os

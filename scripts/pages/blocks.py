@@ -105,7 +105,8 @@ def _alike(folder: Path) -> Iterator[None]:
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
-        with rc_context({**STYLE, "axes.prop_cycle": cycler(color=_COLOURS)}):
+        style: Any = {**STYLE, "axes.prop_cycle": cycler(color=_COLOURS)}
+        with rc_context(style):
             yield
     finally:
         os.chdir(before)
@@ -145,7 +146,7 @@ def _pictures(page: Page, path: Path, line: int) -> Iterator[str]:
     for number in pyplot.get_fignums():
         figure = pyplot.figure(number)
         if not (label := str(figure.get_label())):
-            raise BlockFailed(f'{path.name}, the block at line {line}: a figure without a label, pyplot.figure("label")')
+            raise BlockFailed(f"{path.name}, the block at line {line}: a figure without a label, figure('label')")
         name = f"{path.stem}-{len(page.pictures) + 1}.svg"
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -164,6 +165,7 @@ def with_examples(path: Path, text: str) -> str:
 
     def code(link: re.Match[str]) -> str:
         file = path.parent / link["path"]
-        return f'```{{ .python title="{file.name}" }}\n{file.read_text().rstrip()}\n```\n\n[Download]({link["path"]}){{ .download }}'
+        shown = f'```{{ .python title="{file.name}" }}\n{file.read_text().rstrip()}\n```'
+        return f"{shown}\n\n[Download]({link['path']}){{ .download }}"
 
     return _EXAMPLE.sub(code, text)

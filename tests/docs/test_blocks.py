@@ -42,7 +42,7 @@ def test_figures_become_pictures_with_a_text(tmp_path: Path) -> None:
     assert page.text.endswith("![a line](made/page-1.svg)\n")
     assert list(page.pictures) == ["page-1.svg"]
     assert run(f"```python\n{draw}```\n", tmp_path).pictures == page.pictures  # the same bytes
-    with pytest.raises(BlockFailed, match="page.md, the block at line 1: a figure without a label"):
+    with pytest.raises(BlockFailed, match=r"page.md, the block at line 1: a figure without a label"):
         run(f"```python\n{draw.replace(repr('a line'), '')}```\n", tmp_path)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ..checkpoint.s3_server import BUCKET, S3Server
-from ..commands import ROOT, run_command, torchrun
-from ..test_readme import LEAVE
+from ..commands import ROOT, run_command
+from ..pages import on_ranks
 
 EXAMPLES = ROOT / "docs" / "examples"
 ON_PAGES = {"single.py", "own_optimizer.py"}
@@ -19,22 +19,21 @@ ELSEWHERE = {"read_checkpoint.py", "fastai_learner.py", "lightning_trainer.py"}
 """Run by tests/checkpoint/test_interop.py and tests/clients."""
 
 
-def on_ranks(example: str, ranks: int, folder: Path, url: str | Path) -> str:
-    """What an example prints on that many ranks of torchrun."""
-    (folder / "leave.py").write_text(LEAVE)
-    return torchrun(ranks, folder / "leave.py", EXAMPLES / example, url, cwd=folder).stdout
+def run(example: str, ranks: int, folder: Path, url: str | Path) -> str:
+    """What an example prints on that many ranks of torchrun, with `url` as its argument."""
+    return on_ranks((EXAMPLES / example).read_text().replace("sys.argv[1]", repr(str(url))), ranks, folder)
 
 
 def test_many_ranks_prints_what_the_page_says(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "getting-started.md").read_text()
     for ranks in (2, 3):
-        printed = re.findall(r"^rank \d of .*$", on_ranks("many_ranks.py", ranks, tmp_path, tmp_path / "run"), re.M)
+        printed = re.findall(r"^rank \d of .*$", run("many_ranks.py", ranks, tmp_path, tmp_path / "run"), re.M)
         assert sorted(printed) == re.findall(rf"^rank \d of {ranks}: .*$", page, re.M)
 
 
 def test_fully_sharded(tmp_path: Path) -> None:
     for ranks, rows, step in ((2, (33, 32), 5), (1, (65,), 10)):
-        printed = on_ranks("fully_sharded.py", ranks, tmp_path, tmp_path / "run")
+        printed = run("fully_sharded.py", ranks, tmp_path, tmp_path / "run")
         assert sorted(re.findall(r"rank (\d): step (\d+), (\d+) of 65 rows", printed)) == [
             (str(rank), str(step), str(n)) for rank, n in enumerate(rows)
         ]
@@ -47,7 +46,7 @@ def test_s3_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         url = f"s3://{BUCKET}/run"
         printed = run_command(sys.executable, EXAMPLES / "s3_resume.py", url).stdout
         assert "steps 1 to 5, lr 0.005; on S3: [5]" in printed
-        printed = on_ranks("s3_resume.py", 2, tmp_path, url)
+        printed = run("s3_resume.py", 2, tmp_path, url)
         assert printed.count("steps 6 to 10, lr 0.0025; on S3: [5, 10]") == 2
 
 
