@@ -37,6 +37,12 @@ def test_save_and_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
         assert max(int(n) for _, n in found) < 1.05 * two_averages / ranks
 
 
+def test_its_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
+    assert len(links) > 15
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
 def test_the_table_has_the_committed_results() -> None:
     page = (ROOT / "README.md").read_text()
     folder = ROOT / "docs" / "benchmarks"
