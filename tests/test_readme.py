@@ -29,7 +29,7 @@ def test_an_optimizer_of_your_own(tmp_path: Path) -> None:
 def test_save_and_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
     code = ON_RANKS[0].replace("URL", repr(str(tmp_path / "run")))
     two_averages = (8 * 64 + 64 + 64 + 1) * 2 * 4  # bytes in float32
-    for ranks, steps in [(2, "1 to 10"), (3, "11 to 20"), (1, "21 to 30")]:
+    for ranks, steps in [(2, "1 to 10"), (1, "11 to 20")]:
         printed = on_ranks(code, ranks, tmp_path)
         found = re.findall(rf"rank (\d) of {ranks}: steps {steps}, (\d+) bytes of state", printed)
         assert sorted(rank for rank, _ in found) == [str(rank) for rank in range(ranks)], printed
