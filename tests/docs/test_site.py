@@ -48,7 +48,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site, built as scripts/docs builds it."""
     folder = tmp_path_factory.mktemp("site")
     command = (sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", "scripts/mkdocs.yml")
-    done = run_command(*command, "--site-dir", folder, env={"NO_MKDOCS_2_WARNING": "1"})
+    done = run_command(*command, "--site-dir", folder, timeout=240, env={"NO_MKDOCS_2_WARNING": "1"})
     assert "WARNING" not in done.stdout, done.stdout
     return folder
 
