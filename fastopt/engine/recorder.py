@@ -50,7 +50,7 @@ class Recorder:
         self.slots: list[Any] = []
         self.refusal: str | None = None
         self.cb = ""
-        self._shape: tuple[int, ...] = () if zero_dim else (2, 3)
+        self._shape = () if zero_dim else (0,)
         self._known: dict[Node, int] = {}
         self._slot_of: dict[Any, int] = {}
 
@@ -110,8 +110,9 @@ class Recorder:
         return self.new(self.node("scalar", (self.slot(x.item()),), x.dtype, False))
 
     def _like(self, i: int) -> Tensor:
+        """A tensor with the dtype of node `i`, for torch's rules; empty, since on the meta device Dynamo comes in."""
         node = self.nodes[i]
-        return torch.empty(self._shape if node.whole else (), dtype=node.dtype, device="meta")
+        return torch.empty(self._shape if node.whole else (), dtype=node.dtype, device="cpu")
 
     def call(self, op: str, operands: Iterable[Any]) -> RecordedTensor:
         """Record one operation of `OPS`; its dtype is what torch gives."""
