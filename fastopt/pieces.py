@@ -6,7 +6,9 @@ a box together with the local data is a piece. Everything here is pure: no proce
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +106,8 @@ class Flat(tuple[Piece, ...]):
 class NamedState(dict[str, Any]):
     """A state dict of an optimizer that also knows its parameters: `params` has name, global shape and dtype of each.
 
-    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows.
+    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows, nor does a
+    pickled one: that is a mapping of a kind which `torch.load(weights_only=True)` takes.
     """
 
     params: list[tuple[str, Shape, torch.dtype]]
@@ -112,6 +115,12 @@ class NamedState(dict[str, Any]):
     def __init__(self, packed: Mapping[str, Any], params: Iterable[tuple[str, Shape, torch.dtype]]) -> None:
         super().__init__(packed)
         self.params = list(params)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedState:
+        return NamedState(copy.deepcopy(dict(self), memo), self.params)
 
 
 def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box]:
