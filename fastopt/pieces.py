@@ -92,6 +92,17 @@ class Piece:
             raise ValueError(f"the piece of {self.name!r} has a box of shape {self.box.shape} and data of shape {got}")
 
 
+class Pieces(tuple[Piece, ...]):
+    """This rank's pieces of one state, as a sharded optimizer's state dict shows them."""
+
+    def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
+        # What torch.distributed.checkpoint asks of values that say themselves how they are saved.
+        raise TypeError(
+            f"{fqn!r} is spread over the ranks, and torch.distributed.checkpoint.save would keep one rank's part: "
+            "save with fastopt.checkpoint.save, or the whole state after opt.consolidate_state_dict()"
+        )
+
+
 class Flat(tuple[Piece, ...]):
     """Pieces whose data are views, one after the other, of `flat` `[n]`, which whoever is given them may keep."""
 
