@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,12 +19,6 @@ import fastopt
 
 from ..pages import Block, blocks
 from ..ranks import RankPool
-
-pytest.importorskip("accelerate", reason="Accelerate is not installed")
-
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
 
 STEPS = 6
 #: What makes fastopt's Adam torch's AdamW.

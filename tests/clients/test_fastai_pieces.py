@@ -6,16 +6,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import fastai.optimizer as fastais
 import pytest
 import torch
+from fastai.callback.fp16 import _copy_state, get_master, to_master_grads, to_model_params
 from torch import Tensor
 
 import fastopt
-
-pytest.importorskip("fastai", reason="fastai is not installed")
-
-import fastai.optimizer as fastais
-from fastai.callback.fp16 import _copy_state, get_master, to_master_grads, to_model_params
 
 FACTORIES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"wd": 0.1}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastopt import SGD, Adam, Optimizer, sgd_step
+from fastopt import SGD, Adam, Optimizer, average_grad, sgd_step, weight_decay
 
 from .samples import Case, every_native, model, tensors
 
@@ -166,6 +167,35 @@ def test_unknown_keys_of_a_group_are_kept() -> None:
     A.grad = torch.ones(2)
     opt.step()
     assert opt.state_dict()["param_groups"][0]["lr_scale"] == 0.1
+
+
+def test_torchs_names_that_no_callback_asks_for_are_no_secret() -> None:
+    """As the groups of the Hugging Face Trainer have them, with a chain that is not in a class of its own."""
+    group: dict[str, Any] = {"params": [A], "weight_decay": 0.5}
+    with pytest.warns(UserWarning, match=r"weight_decay=0.5 has no effect.*'wd'.*hp_map = \{'weight_decay': 'wd'\}"):
+        opt = Optimizer([group], [weight_decay, sgd_step], lr=0.1)
+    assert opt.hypers == [{"wd": 0.0, "lr": 0.1, "weight_decay": 0.5}]
+    with pytest.warns(UserWarning, match="momentum=0.5 has no effect"):
+        opt = Optimizer([A], [average_grad, sgd_step], lr=0.1, momentum=0.5)
+    with pytest.warns(UserWarning, match="weight_decay=0.1 has no effect"):
+        Optimizer([A], weight_decay, lr=0.1).add_param_group({"params": [B], "weight_decay": 0.1})
+
+
+def test_torchs_names_that_a_class_or_a_callback_asks_for() -> None:
+    class Decaying(Optimizer):
+        hp_map = {"weight_decay": "wd"}  # noqa: RUF012
+
+    def own_decay(p: Tensor, lr: float, weight_decay: float, wd: float = 0.0, **kwargs: Any) -> None:
+        """Has a use for either name."""
+
+    group: dict[str, Any] = {"params": [A], "weight_decay": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = Decaying([group], [weight_decay, sgd_step], lr=0.1)
+        Optimizer([group], [own_decay], lr=0.1)
+        Optimizer([group], [sgd_step], lr=0.1)  # nothing decays there
+    assert opt.hypers == [{"wd": 0.5, "lr": 0.1}]
+    assert opt.param_groups[0]["weight_decay"] == 0.5
 
 
 class TestAddParamGroup:
