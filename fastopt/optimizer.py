@@ -75,7 +75,7 @@ class Optimizer(_BaseOptimizer):
         self._engine = engine
         requested(engine)
         groups = collect_groups(params)
-        hypers = {**chain_defaults(self.cbs), **defaults}
+        hypers = {**chain_defaults(self.cbs), **self._names.to_hypers(defaults)}
         values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
         # a group added later takes the last group's value: it is a new head more often than a new stem
         last = {name: per_group[-1] for name, per_group in values.items()}

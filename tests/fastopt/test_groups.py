@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastopt import SGD, Adam, Optimizer, average_grad, sgd_step, weight_decay
+from fastopt import SGD, Adam, Optimizer, average_grad, average_sqr_grad, momentum_step, sgd_step, weight_decay
 
 from .samples import Case, every_native, model, tensors
 
@@ -183,7 +183,7 @@ def test_torchs_names_that_no_callback_asks_for_are_no_secret() -> None:
 
 def test_torchs_names_that_a_class_or_a_callback_asks_for() -> None:
     class Decaying(Optimizer):
-        hp_map = {"weight_decay": "wd"}  # noqa: RUF012
+        hp_map: Mapping[str, str] = {"weight_decay": "wd"}
 
     def own_decay(p: Tensor, lr: float, weight_decay: float, wd: float = 0.0, **kwargs: Any) -> None:
         """Has a use for either name."""
@@ -196,6 +196,46 @@ def test_torchs_names_that_a_class_or_a_callback_asks_for() -> None:
         Optimizer([group], [sgd_step], lr=0.1)  # nothing decays there
     assert opt.hypers == [{"wd": 0.5, "lr": 0.1}]
     assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+class Own(Optimizer):
+    """A chain in a class that has PyTorch's names in its groups; its callbacks bring defaults of their own."""
+
+    hp_map: Mapping[str, str] = {"betas__0": "mom", "betas__1": "sqr_mom", "weight_decay": "wd"}
+
+    def __init__(self, params: Any, lr: float = 0.1, **hypers: Any) -> None:
+        super().__init__(params, [weight_decay, average_grad, average_sqr_grad, momentum_step], lr=lr, **hypers)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"betas": (0.5, 0.7), "weight_decay": 0.3},
+        {"betas": [0.5, 0.7], "wd": 0.3},
+        {"mom": 0.5, "sqr_mom": 0.7, "wd": 0.3},
+        {"mom": [0.5], "sqr_mom": 0.7, "weight_decay": [0.3]},
+    ],
+)
+def test_a_class_of_ones_own_takes_either_spelling(given: dict[str, Any]) -> None:
+    opt = Own([A], **given)
+    assert opt.hypers == [{"wd": 0.3, "mom": 0.5, "sqr_mom": 0.7, "lr": 0.1}]
+    assert opt.defaults == {"weight_decay": 0.3, "betas": (0.5, 0.7), "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"weight_decay": 0.1, "wd": 0.1}, "'weight_decay' and 'wd' are the same"),
+        ({"wd": 0.1, "weight_decay": 0.1}, "'weight_decay' and 'wd' are the same"),
+        ({"betas": (0.5, 0.7), "mom": 0.5}, "'betas' and 'mom' are the same"),
+        ({"betas": 0.5}, "one number for each of mom, sqr_mom"),
+        ({"betas": (0.5,)}, "one number for each of mom, sqr_mom"),
+        ({"betas": [(0.5, 0.6), (0.7, 0.8)]}, "one number for each of mom, sqr_mom"),
+    ],
+)
+def test_but_not_both(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Own([A], **given)
 
 
 class TestAddParamGroup:
