@@ -176,7 +176,7 @@ def test_two_ranks_beside_one_process(ranks: Callable[[int], RankPool], fsdp2: b
         loss(expected, x, y).backward()
         plain.step()
         plain.zero_grad()
-    for weights, resumed, sharded in ranks(2).run(_on_ranks, fsdp2, str(tmp_path)):
+    for weights, resumed, sharded in ranks(2).run(_on_ranks, fsdp2, str(tmp_path), timeout=120):
         assert sharded == fsdp2
         torch.testing.assert_close(weights, [p.detach() for p in expected.parameters()], rtol=1e-10, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
