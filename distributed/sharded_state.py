@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pieces import Box, Flat, Piece, cut_interval
+from ..pieces import Box, Flat, Piece, Pieces, cut_interval
 from .collectives import Ranks
 from .layout import Layout
 
@@ -52,10 +52,10 @@ class Held:
         """A held value as the state dict shows it: pieces of what is distributed, the rest as it is."""
         if self.is_cut(value):
             pieces = cut_interval(self.spec.name, self.spec.shape, *self.interval, value)
-            return tuple(replace(piece, copy=self.copy) for piece in pieces) if self.copy else pieces
+            return Pieces(replace(piece, copy=self.copy) if self.copy else piece for piece in pieces)
         if self.whole and isinstance(value, Tensor) and value.ndim:
             shape = tuple(value.shape)
-            return (Piece(self.spec.name, shape, Box.whole(shape), value, self.copy),)
+            return Pieces([Piece(self.spec.name, shape, Box.whole(shape), value, self.copy)])
         return value
 
     def take(self, key: str, value: Any, like_param: bool) -> Any:

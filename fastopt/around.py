@@ -62,8 +62,8 @@ class AroundChain(Around, Optimizer):
 
     def _adopt(self, opt: torch.optim.Optimizer, cbs: tuple[Callable[..., Any], ...]) -> None:
         """Set up this object around `opt`, with `cbs` as its chain."""
-        torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
         self.cbs = cbs
+        torch.optim.Optimizer.__init__(self, [{"params": []}], dict(opt.defaults))
         self.train_bn, self._engine = getattr(opt, "train_bn", True), getattr(opt, "_engine", None)
         self.master_weights = getattr(opt, "master_weights", False)
         self.opt = opt

@@ -131,6 +131,27 @@ class HyperNames:
         """Whether `group` has the hyper `name`."""
         return self.stored_name(name, group).partition("__")[0] in group
 
+    def to_hypers(self, given: Mapping[str, Any]) -> Group:
+        """Entries in either spelling by the hypers' own names.
+
+        Raises:
+            ValueError: a hyper is given in both, or a tuple has not one number for each of its hypers.
+        """
+        hypers: Group = {}
+        for key, value in given.items():
+            items = [name for stored, name in self.hp_map.items() if stored.startswith(f"{key}__")]
+            found = {self.hp_map.get(key, key): value}
+            if items:
+                whole = isinstance(value, list | tuple) and not any(isinstance(v, list | tuple) for v in value)
+                if not whole or len(value) != len(items):
+                    raise ValueError(f"{key}={value!r}, expected one number for each of {', '.join(items)}")
+                found = dict(zip(items, value, strict=True))
+            for name in found:
+                if name in hypers or (name != key and name in given):
+                    raise ValueError(f"{key!r} and {name!r} are the same hyper-parameter: give one of them")
+            hypers.update(found)
+        return hypers
+
     def to_stored(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Group:
         """Entries in either spelling as stored entries; `defaults` completes tuples of which some items are given."""
         stored: Group = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import _BaseOptimizer, outside_compile, tensors_of
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
-from .hypers import Group, group_values
+from .hypers import Group, group_values, pytorch_hp_map
 from .parts import Parts, any_spread, grad_norm, part_work, take
 from .state import ParamState
 from .state_dict import load_state_dict, make_state_dict
@@ -75,7 +75,7 @@ class Optimizer(_BaseOptimizer):
         self._engine = engine
         requested(engine)
         groups = collect_groups(params)
-        hypers = {**chain_defaults(self.cbs), **defaults}
+        hypers = {**chain_defaults(self.cbs), **self._names.to_hypers(defaults)}
         values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
         # a group added later takes the last group's value: it is a new head more often than a new stem
         last = {name: per_group[-1] for name, per_group in values.items()}
@@ -89,7 +89,21 @@ class Optimizer(_BaseOptimizer):
     def _complete(self, group: Group, defaults: Group) -> Group:
         """`group` in stored names, with `defaults` where it says nothing itself. Empties what it takes from `group`."""
         own = {k: group.pop(k) for k in list(group) if k not in ("params", "param_names")}
-        return {**defaults, **self._names.to_stored(own, defaults)}
+        complete = {**defaults, **self._names.to_stored(own, defaults)}
+        self._warn_of_unread(complete)
+        return complete
+
+    def _warn_of_unread(self, group: Group) -> None:
+        """Say so where a group has a hyper under PyTorch's name while callbacks ask for it under the other one only."""
+        unread = [(key, name) for key, name in pytorch_hp_map.items() if key in group and key not in self.hp_map]
+        asked = {argument for cb in self.cbs for argument in keywords(cb)} if unread else set()
+        for key, name in unread:
+            if name in asked and key not in asked:
+                warnings.warn(
+                    f"{key}={group[key]!r} has no effect: the callbacks ask for {name!r}. Pass it as {name!r}, "
+                    f"or build the optimizer in a class that has hp_map = {{{key!r}: {name!r}}}",
+                    stacklevel=4,
+                )
 
     @outside_compile
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ a box together with the local data is a piece. Everything here is pure: no proce
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +92,17 @@ class Piece:
             raise ValueError(f"the piece of {self.name!r} has a box of shape {self.box.shape} and data of shape {got}")
 
 
+class Pieces(tuple[Piece, ...]):
+    """This rank's pieces of one state, as a sharded optimizer's state dict shows them."""
+
+    def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
+        # What torch.distributed.checkpoint asks of values that say themselves how they are saved.
+        raise TypeError(
+            f"{fqn!r} is spread over the ranks, and torch.distributed.checkpoint.save would keep one rank's part: "
+            "save with fastopt.checkpoint.save, or the whole state after opt.consolidate_state_dict()"
+        )
+
+
 class Flat(tuple[Piece, ...]):
     """Pieces whose data are views, one after the other, of `flat` `[n]`, which whoever is given them may keep."""
 
@@ -104,7 +117,8 @@ class Flat(tuple[Piece, ...]):
 class NamedState(dict[str, Any]):
     """A state dict of an optimizer that also knows its parameters: `params` has name, global shape and dtype of each.
 
-    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows.
+    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows, nor does a
+    pickled one: that is a mapping of a kind which `torch.load(weights_only=True)` takes.
     """
 
     params: list[tuple[str, Shape, torch.dtype]]
@@ -112,6 +126,12 @@ class NamedState(dict[str, Any]):
     def __init__(self, packed: Mapping[str, Any], params: Iterable[tuple[str, Shape, torch.dtype]]) -> None:
         super().__init__(packed)
         self.params = list(params)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NamedState:
+        return NamedState(copy.deepcopy(dict(self), memo), self.params)
 
 
 def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box]:

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -16,12 +19,6 @@ import fastopt
 
 from ..pages import Block, blocks
 from ..ranks import RankPool
-
-pytest.importorskip("accelerate", reason="Accelerate is not installed")
-
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
 
 STEPS = 6
 #: What makes fastopt's Adam torch's AdamW.
@@ -179,7 +176,7 @@ def test_two_ranks_beside_one_process(ranks: Callable[[int], RankPool], fsdp2: b
         loss(expected, x, y).backward()
         plain.step()
         plain.zero_grad()
-    for weights, resumed, sharded in ranks(2).run(_on_ranks, fsdp2, str(tmp_path)):
+    for weights, resumed, sharded in ranks(2).run(_on_ranks, fsdp2, str(tmp_path), timeout=120):
         assert sharded == fsdp2
         torch.testing.assert_close(weights, [p.detach() for p in expected.parameters()], rtol=1e-10, atol=1e-12)
         assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))

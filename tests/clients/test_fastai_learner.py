@@ -9,17 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fastai.optimizer as fastais
 import pytest
 import torch
-from torch import Tensor, nn
-
-import fastopt
-
-from ..pages import Block, blocks
-
-pytest.importorskip("fastai", reason="fastai is not installed")
-
-import fastai.optimizer as fastais
 from fastai.basics import Callback, DataLoader, DataLoaders, Learner, load_learner, params
 from fastai.callback.all import (
     GradientAccumulation,
@@ -29,7 +21,12 @@ from fastai.callback.all import (
     ReduceLROnPlateau,
     SaveModelCallback,
 )
+from torch import Tensor, nn
 from torch.amp import GradScaler, autocast
+
+import fastopt
+
+from ..pages import Block, blocks
 
 BATCHES = 6
 #: Each optimizer, here and in fastai, with arguments that make them the same.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,6 @@ import fastopt
 
 from ..pages import Block, blocks
 from .torchvision_stub import torchvision_stub
-
-if find_spec("timm") is None:
-    pytest.skip("timm is not installed", allow_module_level=True)
 
 with torchvision_stub():
     import timm

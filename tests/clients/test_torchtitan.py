@@ -11,14 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 import fastopt
 
 from ..pages import Block, blocks
-
-pytest.importorskip("torchtitan", reason="torchtitan is not installed")
-
-from torchtitan.components.optimizer import LRSchedulersContainer, OptimizersContainer, ParamGroupConfig
 
 STEPS = 6
 #: What makes fastopt's Adam torch's AdamW.

@@ -10,14 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import fastopt
 
 from ..pages import Block, blocks
-
-pytest.importorskip("transformers", reason="transformers is not installed")
-
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 STEPS = 6
 #: What makes fastopt's Adam torch's AdamW.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +278,22 @@ def test_a_sharded_optimizer_is_not_copied_or_pickled() -> None:
     for attempt in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             attempt(opt)
+
+
+def test_a_consolidated_state_dict_is_saved_as_plain_values(tmp_path: Path) -> None:
+    """Lightning loads with weights_only=True, which takes no class of ours."""
+    models = [Model(), Model()]
+    one, two = (shard(fastopt.Adam(model.param_groups(), lr=0.1), model) for model in models)
+    train(one, range(2))
+    one.consolidate_state_dict()
+    torch.save(one.state_dict(), tmp_path / "opt.pt")
+    two.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    assert copy.deepcopy(one.state_dict()).params == one.state_dict().params  # a copy knows the names, as before
+    models[1].load_state_dict(models[0].state_dict())
+    for opt in (one, two):
+        train(opt, range(2, 4))
+    for p, q in zip(members(one), members(two), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_consolidating_on_a_rank_that_is_none() -> None:

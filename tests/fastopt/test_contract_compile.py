@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch._dynamo
 
+from fastopt import Adam
+
 from .samples import Case, assert_same, backward, every_optimizer, model
 
 
@@ -47,8 +49,6 @@ def test_25_compiled_steps_with_a_moving_tensor_lr(case: Case) -> None:
 
 
 def test_compiled_together_with_the_scheduler_and_number_lr() -> None:
-    from fastopt import Adam
-
     m, n = model(), model()
     one, two = Adam(m.parameters(), lr=0.05), Adam(n.parameters(), lr=0.05)
     scheds = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (one, two)]
@@ -68,3 +68,23 @@ def test_compiled_together_with_the_scheduler_and_number_lr() -> None:
             sched.step()
     assert_same(m.parameters(), n.parameters())
     assert one.hypers == two.hypers
+
+
+def test_a_compiled_model_and_step() -> None:
+    """Names and parameters are those of the model within."""
+    m, n = model(), model()
+    one, two = Adam(n.named_parameters(), lr=0.05), Adam(m.parameters(), lr=0.05)
+    compiled = torch.compile(n, backend="aot_eager")
+    step = torch.compile(one.step, backend="aot_eager")
+    for seed in range(6):
+        backward(compiled, seed)
+        step()
+        one.zero_grad()
+        backward(m, seed)
+        two.step()
+        two.zero_grad()
+    for p, q in zip(n.parameters(), m.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    again = Adam(compiled.parameters(), lr=0.5)
+    again.load_state_dict(one.state_dict())
+    assert again.hypers == one.hypers

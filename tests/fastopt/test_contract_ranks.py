@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -145,5 +145,49 @@ def test_fsdp2_equals_one_process(ranks: Callable[[int], RankPool]) -> None:
         for found in results:
             undisturbed, resumed = found[case.name]
             for a, b, whole in zip(undisturbed, resumed, m.parameters(), strict=True):
+                assert torch.equal(a, b), case.name
+                torch.testing.assert_close(a, whole.detach(), rtol=2e-3, atol=2e-4, msg=case.name)
+
+
+def _under_fsdp1(rank: int, world_size: int) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """As `_under_fsdp`, with the older wrapper, flat parameters behind the original ones and its own state dicts."""
+    found = {}
+    for case in FLAT:
+        nets, opts = [], []
+        for seed in (0, 1):
+            m = model(seed)
+            wrapped = FullyShardedDataParallel(m, device_id=torch.device("cpu"), use_orig_params=True)
+            # Whole ones are wrong on CPUs, for torch.optim too: every state of a parameter is that of its last.
+            FullyShardedDataParallel.set_state_dict_type(wrapped, StateDictType.SHARDED_STATE_DICT)
+            nets.append(wrapped)
+            opts.append(case([list(m[0].parameters()), list(m[2].parameters())], lr=[0.02, 0.05]))
+        for seed in range(STEPS):
+            if seed == 2:
+                nets[1].load_state_dict(nets[0].state_dict())
+                saved = FullyShardedDataParallel.optim_state_dict(nets[0], opts[0])
+                loaded = FullyShardedDataParallel.optim_state_dict_to_load(nets[1], opts[1], saved)
+                opts[1].load_state_dict(loaded)
+            for net, opt in zip(nets, opts, strict=True):
+                if seed >= 2 or net is nets[0]:
+                    _step_on(net, opt, seed)
+        ends = []
+        for net in nets:
+            with FullyShardedDataParallel.summon_full_params(net):
+                ends.append([p.detach().clone() for p in net.parameters()])
+        found[case.name] = (ends[0], ends[1])
+    return found
+
+
+FLAT = [case for case in NATIVE if case.name in ("SGD-mom", "Adam", "RAdam", "QHAdam", "Ranger")]
+"""Parts do not tell of the rest: the norms of LARC and LAMB want the DTensors of `fully_shard`."""
+
+
+def test_fsdp1_equals_one_process(ranks: Callable[[int], RankPool]) -> None:
+    results = ranks(2).run(_under_fsdp1)
+    for case in FLAT:
+        m = model()
+        train(m, case([m[0].parameters(), m[2].parameters()], lr=[0.02, 0.05]), range(STEPS))
+        for found in results:
+            for a, b, whole in zip(*found[case.name], m.parameters(), strict=True):
                 assert torch.equal(a, b), case.name
                 torch.testing.assert_close(a, whole.detach(), rtol=2e-3, atol=2e-4, msg=case.name)

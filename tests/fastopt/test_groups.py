@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fastopt import SGD, Adam, Optimizer, sgd_step
+from fastopt import SGD, Adam, Optimizer, average_grad, average_sqr_grad, momentum_step, sgd_step, weight_decay
 
 from .samples import Case, every_native, model, tensors
 
@@ -166,6 +167,75 @@ def test_unknown_keys_of_a_group_are_kept() -> None:
     A.grad = torch.ones(2)
     opt.step()
     assert opt.state_dict()["param_groups"][0]["lr_scale"] == 0.1
+
+
+def test_torchs_names_that_no_callback_asks_for_are_no_secret() -> None:
+    """As the groups of the Hugging Face Trainer have them, with a chain that is not in a class of its own."""
+    group: dict[str, Any] = {"params": [A], "weight_decay": 0.5}
+    with pytest.warns(UserWarning, match=r"weight_decay=0.5 has no effect.*'wd'.*hp_map = \{'weight_decay': 'wd'\}"):
+        opt = Optimizer([group], [weight_decay, sgd_step], lr=0.1)
+    assert opt.hypers == [{"wd": 0.0, "lr": 0.1, "weight_decay": 0.5}]
+    with pytest.warns(UserWarning, match="momentum=0.5 has no effect"):
+        opt = Optimizer([A], [average_grad, sgd_step], lr=0.1, momentum=0.5)
+    with pytest.warns(UserWarning, match="weight_decay=0.1 has no effect"):
+        Optimizer([A], weight_decay, lr=0.1).add_param_group({"params": [B], "weight_decay": 0.1})
+
+
+def test_torchs_names_that_a_class_or_a_callback_asks_for() -> None:
+    class Decaying(Optimizer):
+        hp_map: Mapping[str, str] = {"weight_decay": "wd"}
+
+    def own_decay(p: Tensor, lr: float, weight_decay: float, wd: float = 0.0, **kwargs: Any) -> None:
+        """Has a use for either name."""
+
+    group: dict[str, Any] = {"params": [A], "weight_decay": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt = Decaying([group], [weight_decay, sgd_step], lr=0.1)
+        Optimizer([group], [own_decay], lr=0.1)
+        Optimizer([group], [sgd_step], lr=0.1)  # nothing decays there
+    assert opt.hypers == [{"wd": 0.5, "lr": 0.1}]
+    assert opt.param_groups[0]["weight_decay"] == 0.5
+
+
+class Own(Optimizer):
+    """A chain in a class that has PyTorch's names in its groups; its callbacks bring defaults of their own."""
+
+    hp_map: Mapping[str, str] = {"betas__0": "mom", "betas__1": "sqr_mom", "weight_decay": "wd"}
+
+    def __init__(self, params: Any, lr: float = 0.1, **hypers: Any) -> None:
+        super().__init__(params, [weight_decay, average_grad, average_sqr_grad, momentum_step], lr=lr, **hypers)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"betas": (0.5, 0.7), "weight_decay": 0.3},
+        {"betas": [0.5, 0.7], "wd": 0.3},
+        {"mom": 0.5, "sqr_mom": 0.7, "wd": 0.3},
+        {"mom": [0.5], "sqr_mom": 0.7, "weight_decay": [0.3]},
+    ],
+)
+def test_a_class_of_ones_own_takes_either_spelling(given: dict[str, Any]) -> None:
+    opt = Own([A], **given)
+    assert opt.hypers == [{"wd": 0.3, "mom": 0.5, "sqr_mom": 0.7, "lr": 0.1}]
+    assert opt.defaults == {"weight_decay": 0.3, "betas": (0.5, 0.7), "lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"weight_decay": 0.1, "wd": 0.1}, "'weight_decay' and 'wd' are the same"),
+        ({"wd": 0.1, "weight_decay": 0.1}, "'weight_decay' and 'wd' are the same"),
+        ({"betas": (0.5, 0.7), "mom": 0.5}, "'betas' and 'mom' are the same"),
+        ({"betas": 0.5}, "one number for each of mom, sqr_mom"),
+        ({"betas": (0.5,)}, "one number for each of mom, sqr_mom"),
+        ({"betas": [(0.5, 0.6), (0.7, 0.8)]}, "one number for each of mom, sqr_mom"),
+    ],
+)
+def test_but_not_both(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Own([A], **given)
 
 
 class TestAddParamGroup:
