@@ -22,7 +22,7 @@ from fastopt.checkpoint import save
 from .commands import ROOT
 
 PAGE = ROOT / "docs" / "commands.md"
-_BLOCK = re.compile(r"^```console\n\$ (.*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```console\n\$ ([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> dict[str, str]:
