@@ -1,7 +1,8 @@
 """The console blocks of docs/commands.md: `python -m tests.commands_page` runs their commands and writes the page anew.
 
-With arguments only those blocks are written whose command has one of them in it, such as `plan`. A block is the command after `$ ` and what it printed. The commands run in a folder with checkpoints in `run`;
-the names of folders are made up.
+With arguments only those blocks are written whose command has one of them in it, such as `plan`. A block is the
+command after `$ ` and what it printed. The commands run in a folder with checkpoints in `run`; the names of folders are
+made up.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def _without_what_changes(command: str, text: str) -> str:
     if "bench" in command:
         return re.sub(r"\((llvm|foreach|eager)\)|^.* N threads; .*$|^# CPU.*$", "", without_numbers(text), flags=re.M)
     text = re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z?", "TIME", text)
+    text = re.sub(r"^rng .*$", "rng", text, flags=re.M)
     text = re.sub(r"(fastopt|torch|python) \d[\w.+]*", r"\1 VERSION", text)
     return re.sub(r"\S*/run/step", "run/step", text)
 
