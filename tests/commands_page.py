@@ -1,6 +1,8 @@
 """The console blocks of docs/commands.md: `python -m tests.commands_page` runs their commands and writes the page anew.
 
-A block is the command after `$ ` and what it printed. The commands run in a folder with a checkpoint in `run`.
+With arguments only those blocks are written whose command has one of them in it, such as `plan`. A block is the
+command after `$ ` and what it printed. The commands run in a folder with checkpoints in `run`; the names of folders are
+made up.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from fastopt.checkpoint import save
 from .commands import ROOT
 
 PAGE = ROOT / "docs" / "commands.md"
-_BLOCK = re.compile(r"^```console\n\$ (.*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```console\n\$ ([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: str) -> dict[str, str]:
@@ -61,10 +63,25 @@ def really(command: str, folder: Path) -> str:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     argv = [sys.executable, "-m", *shlex.split(command)]
     print(command, flush=True)
-    return tidied(subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout)
+    output = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=True).stdout
+    for place, name in ((folder, "/data"), (ROOT, "/opt/fastopt"), (Path.home(), "~")):
+        output = output.replace(str(place), name)
+    return tidied(output)
+
+
+def main(words: list[str]) -> None:
+    """Write the page, or the blocks whose command has one of `words` in it."""
+    page = PAGE.read_text()
+    shown = blocks(page)
+    with tempfile.TemporaryDirectory() as name:
+        prepare(Path(name))
+
+        def output_of(command: str) -> str:
+            wanted = not words or any(word in command for word in words)
+            return really(command, Path(name)) if wanted else shown[command]
+
+        PAGE.write_text(written(page, output_of))
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        prepare(Path(name))
-        PAGE.write_text(written(PAGE.read_text(), lambda command: really(command, Path(name))))
+    main(sys.argv[1:])

@@ -119,7 +119,7 @@ def installed(package: Path, folder: Path) -> Path:
     venv.create(folder, with_pip=False)
     site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
     (site / "others.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
-    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-compile")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin" / "python")
     run_command(*pip, "install", *options, package, env={"PYTHONPATH": ""}, cwd=folder)
     assert {path.name.partition("-")[0] for path in site.iterdir()} == {"fastopt", "others.pth"}

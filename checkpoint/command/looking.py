@@ -97,7 +97,7 @@ def show(url: str, step: int | None, tensors: str | None, plot: str | None, as_j
     summary = _summary(manifest)
     say(f"{storage.url}/{folder}")
     say(
-        f"step {manifest.step}, saved {manifest.created} by {manifest.world_size} ranks with "
+        f"step {manifest.step}, saved {manifest.created} by {_ranks(manifest.world_size)} with "
         + ", ".join(f"{name} {version}" for name, version in sorted(manifest.library.items()))
     )
     reused = {file.step for file in manifest.files} - {manifest.step}
@@ -123,6 +123,10 @@ def show(url: str, step: int | None, tensors: str | None, plot: str | None, as_j
             ("tensor", "dtype", "shape", "size", "ranks"),
             [[t["key"], t["dtype"], t["shape"], Size(t["bytes"]), t["ranks"]] for t in _tensors(manifest, tensors)],
         )
+
+
+def _ranks(n: int) -> str:
+    return f"{n} rank{'s' * (n != 1)}"
 
 
 def part_of(key: str) -> str:

@@ -26,7 +26,7 @@ OPTIONAL = {
 
 def software() -> Iterator[Finding]:
     """Python, this package, what it needs and what it can use."""
-    yield Finding("software", "python", "ok", f"{platform.python_version()}, {platform.platform()}")
+    yield Finding("software", "python", "ok", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     yield Finding("software", "fastopt", "ok", f"{__version__} in {Path(__file__).parents[1]}")
     oldest = oldest_versions()
     for name in NEEDED:

@@ -235,7 +235,7 @@ def test_the_owner_in_the_picture_is_the_owner_in_the_layout() -> None:
         (["--params", "1e6", "--ranks", "2", "--dtype", "nn"], "--dtype nn"),
         (["--params", "1e6", "--ranks", "2", "--optimizer", "Nadamax"], "--optimizer Nadamax"),
         (["--params", "1e6", "--ranks", "2", "--groups", "99"], "99 groups"),
-        (["--model", "tests", "--ranks", "2"], "module:function"),
+        (["--model", "tests", "--ranks", "2"], "expected MODULE:FUNCTION"),
         (["--model", "torch:zeros", "--ranks", "2"], "torch:zeros"),
         (["--params", "1e6", "--model", "tests:nothing", "--ranks", "2"], "--params or --model"),
         (["--model", "tests:nothing", "--ranks", "2", "--groups", "2"], "--groups goes with --params"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ SCRIPT = ROOT / "scripts" / "bench_checkpoint.py"
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run has written."""
     out = tmp_path_factory.mktemp("bench") / "checkpoint.json"
-    quick = ("--scale", "0.03", "--rounds", "1", "--simulated", "4", "--folder", out.parent)
+    quick = ("--only", "rounds", "--scale", "0.03", "--rounds", "1", "--folder", out.parent)
     run_command(sys.executable, SCRIPT, *quick, "--out", out, cwd=out.parent)
     assert [path.name for path in out.parent.iterdir()] == ["checkpoint.json"]
     found: dict[str, Any] = json.loads(out.read_text())
@@ -31,8 +30,6 @@ def test_everybody_has_saved_and_loaded(result: dict[str, Any]) -> None:
         assert result[f"{name} save"]["seconds"] > 0
         assert result[f"{name} load"]["seconds"] > 0
     assert result["raw save"]["of floor"] == 1
-    assert {"raw", "DCP", "fastopt", "fastopt in place", "fastopt by copies"} <= result["reshard"].keys()
-    assert {"copy", "stall", "until written", "x copy"} == result["stall"].keys()
 
 
 def test_the_bytes_of_a_rank(result: dict[str, Any]) -> None:
@@ -48,11 +45,3 @@ def test_the_plan_reads_what_a_rank_holds() -> None:
     assert found["ranks"] == 4
     assert found["files"] >= 2 * 4
     assert found["requests of a rank"] >= 1
-
-
-def test_a_failing_rank_ends_the_run(tmp_path: Path) -> None:
-    done = run_command(
-        sys.executable, SCRIPT, "--only", "stall", "--scale", "-1", "--folder", tmp_path, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 1
-    assert "negative dimension" in done.stdout
