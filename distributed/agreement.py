@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ..base import _BaseOptimizer
+from ..state import Entry, ParamState
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import BOTH_WAYS, agree, both_ways, digest, disagree, equal_everywhere
@@ -27,6 +28,9 @@ class Agreement:
 
     def __init__(self, opt: _BaseOptimizer, ranks: Ranks, buffers: Buffers) -> None:
         self._opt, self._ranks, self._buffers = opt, ranks, buffers
+        self._stepping: tuple[Any, frozenset[int]] | None = None
+        self._counted: Any = None
+        self._spared: tuple[Any, list[int]] | None = None
         self.steps = 0
         self.active = self.stepping()
         self._told: bytes | None = None
@@ -34,6 +38,25 @@ class Agreement:
 
     def stepping(self) -> frozenset[int]:
         """The parameters that step now if they have a gradient, by their index in the layout."""
+        key = [group.get("frozen") for group in self._opt.param_groups], len(self._buffers.params), self._marks
+        if self._stepping is None or self._stepping[0] != key:
+            self._stepping = key, self._find_stepping()
+        return self._stepping[1]
+
+    @property
+    def _marks(self) -> Any:
+        """Changes whenever a mark may have: states count what is written to them, unless they are plain dicts."""
+        state = self._opt.state
+        if not isinstance(state, ParamState):
+            return object()
+        now = id(state), state.changes
+        if self._counted != now:
+            if not all(type(entry) is Entry for entry in state.values()):
+                return object()
+            self._counted = now
+        return now
+
+    def _find_stepping(self) -> frozenset[int]:
         params = self._buffers.params
         frozen = [self._opt.is_frozen(i) for i in range(len(self._opt.param_groups))]
         return frozenset(
@@ -178,6 +201,12 @@ class Agreement:
 
     def _undecayed(self) -> list[int]:
         """The parameters that are marked `do_wd=False`."""
+        key = self._marks, len(self._buffers.params)
+        if self._spared is None or self._spared[0] != key:
+            self._spared = key, self._find_undecayed()
+        return self._spared[1]
+
+    def _find_undecayed(self) -> list[int]:
         state = self._opt.state
         params = self._buffers.params
         return [i for i, p in enumerate(params) if p in state and not state[p].get("do_wd", True)]

@@ -24,10 +24,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from torch.autograd.profiler import record_function
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
+from .label import label
 from .wire import Wire
 
 _numbers = itertools.count()
@@ -75,7 +75,7 @@ class Gathering:
     def begin(self, wire: Wire) -> None:
         """Begin to bring a bucket from its owners to all ranks. Collective."""
         flat = self._buffers.buckets[wire.bucket.index]
-        with record_function(f"fastopt gather {flat.label}"):
+        with label(f"fastopt gather {flat.label}"):
             self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
 
     def begun(self) -> None:
@@ -105,7 +105,7 @@ class Gathering:
 
     def _wait(self, buckets: frozenset[int]) -> None:
         for index in sorted(buckets & self._pending.keys()):
-            with record_function(f"fastopt wait for {self._buffers.buckets[index].label}"):
+            with label(f"fastopt wait for {self._buffers.buckets[index].label}"):
                 self._pending.pop(index).wait()
 
     def plan(self) -> None:

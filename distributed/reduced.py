@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .agreement import Agreement
@@ -28,7 +27,8 @@ from .buckets import Buffers
 from .collectives import Ranks, Reading, Reduction
 from .gradients import sparse
 from .header import EXTRA, Place, Verdict, decode
-from .in_backward import ALREADY, LAG, InBackward
+from .in_backward import ALREADY, LAG, STEPS, InBackward
+from .label import label
 from .lane import Lane
 from .packing import pack
 from .rounds import Part, Round, inside_another_backward, numbers_beside
@@ -252,9 +252,9 @@ class ReducedGradients:
         reduction = self._send(wire, sources, now.leading if first else [])
         if first and not self._ranks.alone:
             now.reading = self._read(wire, reduction)
-        if self.in_backward is not None and now.launched > LAG and self._may_step(now):
-            for index in list(self._parts):
-                self.in_backward.gather([self._step_bucket(index, self.in_backward)])
+        enough = now.launched > LAG and len(self._parts) >= len(now.waits_for) // STEPS
+        if self.in_backward is not None and enough and self._may_step(now):
+            self.in_backward.gather(self._step_landed(self.in_backward))
 
     def _may_step(self, now: Round) -> bool:
         """Whether the ranks agree that the buckets of a round step: the same on all of them."""
@@ -270,19 +270,21 @@ class ReducedGradients:
         """Step what has not stepped at the end of a round, and gather the buckets that are needed first first."""
         if not self._may_step(now):
             return
-        wires = {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
+        wires = self._step_landed(stepper)
         self._land_all()
-        wires |= {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
-        stepper.gather([wire for _, wire in sorted(wires.items())])
+        wires += self._step_landed(stepper)
+        stepper.gather(sorted(wires, key=lambda wire: wire.bucket.index))
 
-    def _step_bucket(self, index: int, stepper: InBackward) -> Wire | None:
-        """Step a bucket that has landed; what is then to be gathered."""
-        part = self._parts[index]
-        with self._lane.inside():
-            part.ready()
-        wire = stepper.step(index, self._present_of(part, self._agreement.active))
-        del self._parts[index]
-        return wire
+    def _step_landed(self, stepper: InBackward) -> list[Wire]:
+        """Step all buckets that have landed; what is then to be gathered."""
+        present: dict[int, list[int]] = {}
+        for index, part in self._parts.items():
+            with self._lane.inside():
+                part.ready()
+            present[index] = self._present_of(part, self._agreement.active)
+        wires = stepper.step(present)
+        self._parts.clear()
+        return wires
 
     def _taken(self, param: int) -> Tensor | None:
         """The gradient of an active parameter, flat, no longer in `p.grad`."""
@@ -297,13 +299,18 @@ class ReducedGradients:
     def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
         """Start the collective of one bucket."""
         flat = self._buffers.buckets[wire.bucket.index]
+        arrived = []
         while len(self._in_flight) >= IN_FLIGHT - 1:
-            self._land()
+            before, _, earlier = self._in_flight.popleft()
+            earlier.arrive()
+            arrived.append((before, earlier))
         flags = [int(param in sources) for param in wire.params]
         full = self._ranks.transport.empty(wire.numel, flat.flat)
-        with record_function(f"fastopt reduce {flat.label}"):
+        with label(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, self._header(wire, flags, leading, full))
             with self._lane.inside():
+                for before, earlier in arrived:
+                    self._keep(before, earlier)
                 reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
         self._in_flight.append((wire, full, reduction))
         return reduction
@@ -322,7 +329,7 @@ class ReducedGradients:
         self._land_all()
         reduction = self._send(wire, {}, leading)
         reading = self._read(wire, reduction)
-        self._finish(reduction)
+        self._drop(reduction)
         self._in_flight.clear()
         return reading
 
@@ -331,20 +338,25 @@ class ReducedGradients:
         return reduction.read(start, start + EXTRA)
 
     def _land(self) -> None:
-        """Wait for the oldest bucket under way and add its average to this rank's gradient."""
+        """Wait for the oldest bucket under way, and keep its sum."""
         wire, _, reduction = self._in_flight.popleft()
-        self._finish(reduction)
+        with self._lane.inside():
+            with self._lane.outside():
+                reduction.arrive()
+            self._keep(wire, reduction)
+
+    def _keep(self, wire: Wire, reduction: Reduction) -> None:
+        """Wait in the lane for a sum, and add it to this rank's gradient. It must have been waited for outside."""
+        reduction.wait()
         part = Part(wire, self._ranks.rank, reduction.mine, self._ranks.total)
         earlier = self._parts.get(wire.bucket.index)
         if earlier is not None:
-            with self._lane.inside():
-                part.add(earlier)
+            part.add(earlier)
         self._parts[wire.bucket.index] = part
 
-    def _finish(self, reduction: Reduction) -> None:
-        """Wait for the sum in the lane. The model's stream waits only until the full gradient has been sent."""
+    def _drop(self, reduction: Reduction) -> None:
+        """Wait for a sum that nobody wants."""
         with self._lane.inside():
-            reduction.arrive()
             with self._lane.outside():
                 reduction.arrive()
             reduction.wait()
@@ -490,7 +502,7 @@ class ReducedGradients:
     def clear(self) -> None:
         """Forget the gradients and a round that a failed backward pass has left open."""
         for *_, reduction in self._in_flight:
-            self._finish(reduction)
+            self._drop(reduction)
         self._in_flight.clear()
         self._round, self._problem = None, None
         cleared = self._cleared or self._rounds > 0

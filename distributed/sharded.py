@@ -22,7 +22,7 @@ from ..state import ParamState, flags_of
 from ..state_dict import load_state_dict, pack
 from .agreement import Agreement
 from .around import AroundOptimizer, refuse
-from .buckets import Buffers
+from .buckets import KEPT, Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
 from .gathering import Gathering
@@ -73,6 +73,7 @@ class ShardedOptimizer(AroundOptimizer):
         self._buffers = Buffers(layout, ranks.rank, params, ranks.transport)
         self._agreement = Agreement(self, ranks, self._buffers)
         self._consolidated: dict[int, dict[str, Any]] | None = None
+        self._sliced: dict[tuple[int, ...], tuple[ParamState, int, list[tuple[int, list[Tensor], list[Any]]]]] = {}
         self._index = {id(p): i for i, p in enumerate(params)}
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
@@ -237,7 +238,9 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _give(self, p: Tensor, grad: Tensor) -> None:
         """Make `grad` the gradient of `p`. More precise sums stay so where the chain steps on a master copy."""
-        if grad.dtype == p.dtype or not self.opt.master_weights:
+        if grad.dtype == p.dtype:
+            p.grad = grad
+        elif not self.opt.master_weights:
             p.grad = grad.to(p.dtype)
         else:
             p.grad_dtype = None
@@ -245,8 +248,17 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _slices(self, params: Iterable[int]) -> list[GroupWork]:
         """The work on this rank's slices of `params`."""
-        by_group = self._by_group(params)
-        return [self._work(group, members, [self._buffers.slice(i) for i in members]) for group, members in by_group]
+        key, changes = tuple(params), self.state.changes
+        known = self._sliced.get(key)
+        if known is None or known[0] is not self.state or known[1] != changes:
+            if len(self._sliced) >= 4 * KEPT:
+                self._sliced.clear()
+            found = []
+            for group, members in self._by_group(key):
+                states = [self.state[self._buffers.params[i]] for i in members]
+                found.append((group, [self._buffers.slice(i) for i in members], states))
+            known = self._sliced[key] = self.state, changes, found
+        return [self.opt.group_work(group, slices, states) for group, slices, states in known[2]]
 
     @property
     def _only_recorded(self) -> bool:
@@ -390,6 +402,7 @@ class ShardedOptimizer(AroundOptimizer):
         self._gradients.watch()
         self._gathering.watch()
         self._pipeline.grown()
+        self._sliced.clear()
         self._agreement.grown(len(params))
 
     # ---- state

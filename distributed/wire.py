@@ -79,8 +79,43 @@ class Wire:
         """Elements of all parts."""
         return sum(self.sizes)
 
+    @cached_property
+    def moves(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Where whole gradients go: (number of the split, parameter, start, stop), stop 0 where it is all of it."""
+        sizes = {entry.param: entry.stop - entry.start for entry in self.bucket.entries}
+        return tuple(
+            (at, run.param, run.start, 0 if run.count == sizes[run.param] else run.start + run.count)
+            for at, run in self._numbered
+            if run is not None and run.param is not None
+        )
+
+    @cached_property
+    def gaps(self) -> tuple[int, ...]:
+        """The numbers of the splits that are padding."""
+        return tuple(at for at, run in self._numbered if run is not None and run.param is None and run.count)
+
+    @cached_property
+    def headers(self) -> tuple[int, ...]:
+        """The numbers of the splits that are headers."""
+        return tuple(at for at, run in self._numbered if run is None)
+
+    @property
+    def _numbered(self) -> Iterator[tuple[int, Run | None]]:
+        """The splits with their numbers; None for a header."""
+        tail = (None,) if self.header else ()
+        return enumerate(run for part in self.parts for run in (*part, *tail))
+
+    @cached_property
+    def _held(self) -> dict[int, dict[int, tuple[int, int]]]:
+        return {}
+
     def held(self, rank: int) -> dict[int, tuple[int, int]]:
         """Where in the part of `rank` its elements of each parameter lie: start and stop."""
+        if rank not in self._held:
+            self._held[rank] = self._places(rank)
+        return self._held[rank]
+
+    def _places(self, rank: int) -> dict[int, tuple[int, int]]:
         found = dict.fromkeys(self.params, (0, 0))
         at = 0
         for run in self.parts[rank]:
