@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import fastopt
 from fastopt.distributed import shard
@@ -169,6 +170,40 @@ def against_one_process(rank: int, world_size: int) -> float:
 
 def test_freezing_with_overlap_equals_one_process(ranks: Any) -> None:
     assert max(ranks(2).run(against_one_process, timeout=120)) < 1e-4
+
+
+def in_backward(rank: int, world_size: int) -> None:
+    """Stepping in backward, with the first layer recomputed there, gives the bits of a step after backward."""
+    group = on_gpus(rank)
+    runs = []
+    for stepping in (False, True):
+        model = stack(512, 12)
+        opt = shard(
+            fastopt.Adam(model.parameters(), lr=1e-3),
+            model,
+            group=group,
+            master_weights=True,
+            bucket_bytes=2**19,
+            step_in_backward=stepping,
+        )
+        for step in range(8):
+            x = torch.randn(64, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(2 * step + rank))
+            hidden = checkpoint(model[:2], x.bfloat16().requires_grad_(), use_reentrant=False)
+            model[2:](hidden).square().mean().backward()
+            opt.step()
+            # What is read right after a step is what it has left.
+            averages = [opt.state[p]["grad_avg"].clone() for p in model.parameters()]
+            opt.zero_grad()
+        opt.synchronize()
+        torch.cuda.synchronize()
+        states = [opt.state[p]["grad_avg"] for p in model.parameters()]
+        assert all(map(torch.equal, averages, states))
+        runs.append([value.cpu() for value in (*model.state_dict().values(), *states)])
+    assert all(map(torch.equal, *runs))
+
+
+def test_stepping_in_backward_gives_the_same_bits(ranks: Any) -> None:
+    ranks(2).run(in_backward, timeout=120)
 
 
 def scaled(rank: int, world_size: int) -> list[float]:
