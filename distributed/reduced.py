@@ -301,11 +301,12 @@ class ReducedGradients:
         flat = self._buffers.buckets[wire.bucket.index]
         arrived = []
         while len(self._in_flight) >= IN_FLIGHT - 1:
-            before, _, earlier = self._in_flight.popleft()
+            before, full, earlier = self._in_flight.popleft()
             earlier.arrive()
             arrived.append((before, earlier))
+            del full  # before the next one is made
         flags = [int(param in sources) for param in wire.params]
-        full = self._ranks.transport.empty(wire.numel, flat.flat)
+        full = self._ranks.transport.passing(wire.numel, flat.flat)
         with label(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, self._header(wire, flags, leading, full))
             with self._lane.inside():

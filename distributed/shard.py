@@ -16,10 +16,12 @@ from ..optimizer import Optimizer
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
 from .consistency import agree_fully
+from .copying import copies
 from .layout import Kind, Layout, ParamSpec
 from .members import about_groups, specs_of
 from .meshes import seat
 from .sharded import ShardedOptimizer
+from .transport import Transport
 
 
 def shard(
@@ -34,6 +36,7 @@ def shard(
     master_weights: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     step_in_backward: bool = False,
+    transport: Literal["copy"] | None = None,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -60,6 +63,8 @@ def shard(
             ranks, so that sums are the same in every run. By default the backend sums them in their own dtype.
         step_in_backward: stage 2: step each bucket as soon as it is reduced, beside the rest of the backward pass;
             `step` then only counts. Gives up clipping, `GradScaler`, and changing hypers between backward and step.
+        transport: 'copy' moves buckets between the GPUs of a node by copies over NVLink instead of by kernels of NCCL,
+            which leaves the multiprocessors to the model. By default what the process group has.
 
     Raises:
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
@@ -70,23 +75,33 @@ def shard(
     masters = False
     params: list[Tensor] = []
     specs: list[ParamSpec] = []
+    moved: Transport | None = None
     problem: Exception | None = None
     try:
         _check(opt, model, stage)
         _check_dtype(reduce_dtype, stage)
         if step_in_backward:
             _check_in_backward(opt, stage)
+        moved = _transport(opt, ranks, transport)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
         specs = specs_of(opt, model, ranks, cost)
         masters = opt.master_weights if master_weights is None else bool(master_weights)
         about = _about(opt, stage, bucket_bytes, masters, reduce_dtype)
-        report = {**about, "step_in_backward": bool(step_in_backward), "layout": kind, **about_groups(opt, specs)}
+        report = {
+            **about,
+            "step_in_backward": bool(step_in_backward),
+            "transport": transport,
+            "layout": kind,
+            **about_groups(opt, specs),
+        }
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
     if problem:
         raise problem
+    if moved is not None:
+        ranks.transport = moved
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
@@ -130,6 +145,17 @@ def _check_dtype(reduce_dtype: Any, stage: int) -> None:
         raise TypeError(f"reduce_dtype is a floating-point dtype such as torch.float32, got {reduce_dtype!r}")
     if stage == 1:
         raise ValueError("in stage 1 gradients are averaged by others: reduce_dtype is for stage 2")
+
+
+def _transport(opt: Optimizer, ranks: Ranks, name: str | None) -> Transport | None:
+    """The transport that was asked for; None for that of the group."""
+    if name is None:
+        return None
+    if name != "copy":
+        raise ValueError(f"transport is 'copy' or None, got {name!r}")
+    if ranks.group is None or ranks.world_size == 1:
+        return None
+    return copies(ranks.group, {p.device for group in opt.param_groups for p in group["params"]})
 
 
 def _check_in_backward(opt: Optimizer, stage: int) -> None:

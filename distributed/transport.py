@@ -1,7 +1,7 @@
 """How bytes move between ranks: one small interface, and what `torch.distributed` offers behind it.
 
-Another transport, such as copy engines over symmetric memory inside of an NVLink domain, has the same four methods. It
-allocates the buffers that it moves, so they can be memory that the other ranks reach.
+Copies between the GPUs of a node (copying.py) are another transport behind it. A transport allocates the buffers that
+it moves, so they can be memory that the other ranks reach.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Transport(Protocol):
     """Collectives that start at once and are waited for later. All tensors are flat and contiguous."""
 
     def empty(self, numel: int, like: Tensor) -> Tensor:
-        """Memory for a buffer of `numel` elements beside `like`, not initialised."""
+        """Memory for a buffer of `numel` elements beside `like` that stays, not initialised. Collective."""
+
+    def passing(self, numel: int, like: Tensor) -> Tensor:
+        """The same for a buffer that is sent once. Collective."""
 
     def reduce_scatter(self, mine: Tensor, full: Tensor) -> Work:
         """Sum `full` over the ranks; each gets its equal part in `mine`. `full` may be overwritten."""
@@ -48,6 +51,10 @@ class GroupTransport:
         self._group = group
 
     def empty(self, numel: int, like: Tensor) -> Tensor:
+        """Ordinary memory."""
+        return torch.empty(numel, dtype=like.dtype, device=like.device)
+
+    def passing(self, numel: int, like: Tensor) -> Tensor:
         """Ordinary memory."""
         return torch.empty(numel, dtype=like.dtype, device=like.device)
 
