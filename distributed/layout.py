@@ -343,7 +343,7 @@ def default_bucket_bytes(params: Iterable[ParamSpec]) -> int:
 def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int, first: bool) -> list[list[int]]:
     """The members of each bucket: parameters of one dtype and device up to `bucket_bytes`, in the order of the model.
 
-    A bucket that one group has filled by half ends with the group: a bucket of one group is gathered in place.
+    A bucket that one group has filled by half ends with the group, so that few buckets have several segments.
     """
     chunks: list[list[int]] = []
     filling: dict[tuple[torch.dtype, str], tuple[list[int], int]] = {}
