@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import cb_name, executor_for, requested, undeclared
 from ..optimizer import Optimizer
+from ..parts import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
 from .consistency import agree_fully
@@ -47,7 +48,8 @@ def shard(
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
         group: the ranks that take part, all by default; or a mesh of one dimension, or of two for hybrid sharding: the
-            state is spread over the second dimension, and the first one holds copies.
+            state is spread over the second dimension, and the first one holds copies. For a model that is tensor
+            parallel on another dimension of a mesh, the data parallel one: `mesh["dp"]`.
         layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
@@ -104,6 +106,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             )
         if isinstance(cb, TorchStep) and isinstance(cb.opt, torch.optim.SparseAdam):
             raise TypeError("SparseAdam takes sparse gradients, which have no slices: use Adam with dense gradients")
+        if isinstance(cb, TorchStep) and any(is_spread(p) for group in opt.param_groups for p in group["params"]):
+            raise TypeError(
+                f"{type(cb.opt).__name__} steps DTensors in its own way, without shard(): use an optimizer of fastopt, "
+                f"or fully_shard(model, mesh=mesh['dp'])"
+            )
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard() takes the model as an nn.Module, got a {type(model).__name__}")
     if stage not in (1, 2):
@@ -168,4 +175,4 @@ def _broadcast_rest(model: nn.Module, sharded: Sequence[Tensor], ranks: Ranks) -
     rest: list[Tensor] = [p for p in model.parameters() if id(p) not in done]
     for tensor in [*rest, *model.buffers()]:
         if tensor.device.type != "meta":
-            ranks.broadcast(tensor)
+            ranks.broadcast(part_of(tensor))

@@ -143,11 +143,10 @@ def _filled_and_empty(segment: Segment) -> Iterator[tuple[int | None, int, int]]
 
 def _owners_parts(bucket: Bucket, active: Set[int]) -> tuple[tuple[Run, ...], ...]:
     parts: list[list[Run]] = [[] for _ in range(bucket.world_size)]
-    for entry in bucket.entries:
+    following = [*(entry.start for entry in bucket.entries[1:]), bucket.numel]
+    for entry, end in zip(bucket.entries, following, strict=True):
         if entry.param in active and entry.owner is not None:
-            count = entry.stop - entry.start
-            parts[entry.owner].append(Run(entry.param, 0, count))
-            gap = aligned(count, bucket.dtype) - count
-            if gap:
-                parts[entry.owner].append(Run(None, 0, gap))
+            parts[entry.owner].append(Run(entry.param, 0, entry.stop - entry.start))
+            if end > entry.stop:
+                parts[entry.owner].append(Run(None, 0, end - entry.stop))
     return tuple(map(tuple, parts))

@@ -37,4 +37,4 @@ def test_example(word: str, says: str, tmp_path: Path) -> None:
 
 
 def test_all_examples_are_run_here() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["", "", "excerpt", "torchrun", "torchrun"]
+    assert sorted(kind for kind, _ in BLOCKS) == ["", "", "excerpt", "excerpt", "torchrun", "torchrun"]
