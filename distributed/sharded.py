@@ -149,8 +149,9 @@ class ShardedOptimizer(AroundOptimizer):
     @torch.no_grad()
     def _step_slices(self) -> None:
         stepping = self._gradients.settle("step")
-        if self._only_recorded:
-            self._agreement.ask("step", False, self._not_recorded(stepping))
+        if self._only_recorded or (self.stage == 2 and self._agreement.late):
+            problem = self._not_recorded(stepping) if self._only_recorded else None
+            self._agreement.ask("step", False, problem)
         self._gathering.synchronize()
         if self.layout.kind == "whole":
             self._run_whole(stepping)
