@@ -168,6 +168,14 @@ class Agreement:
             for i in range(len(self._opt.param_groups))
         ]
 
+    def settings(self) -> dict[str, Any]:
+        """Hypers and freezing, subject to value."""
+        told: dict[str, Any] = {}
+        for i, values in enumerate(self._hypers()):
+            told[f"the freezing of group {i}"] = self._opt.param_groups[i].get("frozen", False)
+            told.update({f"hyper {name!r} of group {i}": value for name, value in values})
+        return told
+
     def _used_hypers(self) -> Iterator[tuple[int, int, str, Any]]:
         """The hypers that the last step has used: its number, group, name and value."""
         step, stored = self._used or (0, [])

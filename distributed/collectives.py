@@ -85,6 +85,10 @@ class Reduction:
             add_in_order(self._received, self.mine)
             self._received = None
 
+    def arrive(self) -> None:
+        """Wait until what was to be summed has been sent and what it takes here has come."""
+        self._pending.arrive()
+
     def wait(self) -> None:
         """Wait for the sum."""
         self._pending.wait()

@@ -11,14 +11,15 @@ A hook inside of `torch.compile` leaves nothing in the graph, but notes while it
 by itself: the nearest module around it that is called eagerly does. Outside of training (`model.eval()`) modules may
 take other ways through their parameters, so that the first one called waits for everything.
 
-Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_state_dict`, freezing, the next step) calls
-`synchronize` first.
+Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_state_dict`, copying and pickling a module,
+freezing, the next step) calls `synchronize` first. Code that takes the tensors themselves does so by itself, or there
+is no overlap: nothing tells of a kernel that reads a tensor.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -28,6 +29,7 @@ from torch.autograd.profiler import record_function
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
+from .wire import Wire
 
 _numbers = itertools.count()
 _numbered: WeakValueDictionary[int, Gathering] = WeakValueDictionary()
@@ -59,6 +61,8 @@ class Gathering:
         self.watch()
         if not ranks.alone:
             for k, module in enumerate(self._modules):
+                # What is copied and pickled comes in this order: the hook, which waits, and then the parameters.
+                module.__dict__["_parameters"] = module.__dict__.pop("_parameters")
                 module.register_forward_pre_hook(_Before(self, k))
                 module.register_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
                 module.register_load_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
@@ -71,14 +75,15 @@ class Gathering:
         ]
         self._known = None
 
-    def start(self, params: Set[int]) -> None:
-        """Begin to bring the buckets of `params` from their owners to all ranks. Collective."""
-        self.synchronize()
-        for wire in self._buffers.gathering(params):
-            flat = self._buffers.buckets[wire.bucket.index]
-            with record_function(f"fastopt gather {flat.label}"):
-                self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
-        self._plan()
+    def begin(self, wire: Wire) -> None:
+        """Begin to bring a bucket from its owners to all ranks. Collective."""
+        flat = self._buffers.buckets[wire.bucket.index]
+        with record_function(f"fastopt gather {flat.label}"):
+            self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
+
+    def begun(self) -> None:
+        """All buckets that have stepped are under way: wait for those that no module will wait for."""
+        self._called.clear()
         self._wait(self._loose)
 
     def synchronize(self) -> None:
@@ -106,7 +111,7 @@ class Gathering:
             with record_function(f"fastopt wait for {self._buffers.buckets[index].label}"):
                 self._pending.pop(index).wait()
 
-    def _plan(self) -> None:
+    def plan(self) -> None:
         """Who waits for which buckets in the next forward pass, going by the modules that the last one called."""
         called = frozenset(self._called - self._traced)
         self._called.clear()
@@ -145,8 +150,16 @@ def _note_trace(number: int, k: int) -> int:
     return k
 
 
+def synchronize_model(model: nn.Module) -> None:
+    """Wait for every parameter of `model`, which may wrap one that has been sharded or have parts of one."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Before) and hook.gathering is not None:
+                hook.gathering.synchronize()
+
+
 class _Before:
-    """The hook before the forward of a module. A copy of the model does not copy what it serves."""
+    """The hook before the forward of a module. A copy of the model waits, and does not copy what it serves."""
 
     def __init__(self, gathering: Gathering | None, k: int) -> None:
         self.gathering, self.k = gathering, k
@@ -162,6 +175,8 @@ class _Before:
         self.gathering.before(self.k, module)
 
     def __reduce__(self) -> tuple[Callable[..., _Before], tuple[None, int]]:
+        if self.gathering is not None:
+            self.gathering.synchronize()
         return _Before, (None, self.k)
 
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
 import torch
@@ -22,6 +22,10 @@ from .header import Place
 class Gradients(Protocol):
     """What a step asks of its gradients. Parameters are known by their index in the layout."""
 
+    @property
+    def in_round(self) -> bool:
+        """Whether a backward pass that reduces gradients is under way, or has failed."""
+
     def settle(self, place: Place) -> list[int]:
         """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
 
@@ -30,6 +34,15 @@ class Gradients(Protocol):
 
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """Tensors that hold this rank's gradients of `params`, and beside them nothing but zeros."""
+
+    def under_way(self, buckets: Set[int]) -> bool:
+        """Whether any of these buckets is still being reduced."""
+
+    def land(self, buckets: Set[int]) -> None:
+        """Make ready what `slice` gives of these buckets."""
+
+    def scale(self, params: Iterable[int], by: Tensor) -> None:
+        """Multiply what `held` gives of `params` with a 0-d tensor."""
 
     def consumed(self) -> None:
         """The step is done."""
@@ -43,6 +56,8 @@ class Gradients(Protocol):
 
 class LocalGradients:
     """Stage 1: `p.grad` is whole and averaged on every rank."""
+
+    in_round = False
 
     def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement) -> None:
         self._ranks, self._buffers, self._agreement = ranks, buffers, agreement
@@ -62,6 +77,17 @@ class LocalGradients:
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """The slices."""
         return [part for part in map(self.slice, params) if part is not None]
+
+    def under_way(self, buckets: Set[int]) -> bool:
+        """Never."""
+        return False
+
+    def land(self, buckets: Set[int]) -> None:
+        """Nothing to do."""
+
+    def scale(self, params: Iterable[int], by: Tensor) -> None:
+        """Multiply the slices in `p.grad` with a 0-d tensor."""
+        scale(self.held(params), by)
 
     def consumed(self) -> None:
         """Nothing to do: `p.grad` is the user's to drop."""

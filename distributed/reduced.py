@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,8 @@ from .buckets import Buffers
 from .collectives import Ranks, Reading, Reduction
 from .gradients import sparse
 from .header import EXTRA, Place, Verdict, decode
+from .in_backward import ALREADY, LAG, InBackward
+from .lane import Lane
 from .packing import pack
 from .rounds import Part, Round, inside_another_backward, numbers_beside
 from .wire import Wire
@@ -48,10 +50,14 @@ class ReducedGradients:
         buffers: the parameters.
         agreement: knows which parameters are active on all ranks.
         dtype: of the sums over the ranks; None takes that of the gradients and leaves the order to the backend.
+        lane: where parts are made and kept, see lane.py.
     """
 
-    def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, ranks: Ranks, buffers: Buffers, agreement: Agreement, dtype: torch.dtype | None, lane: Lane
+    ) -> None:
         self._ranks, self._buffers, self._agreement, self._dtype = ranks, buffers, agreement, dtype
+        self._lane = lane
         self._in_flight: deque[tuple[Wire, Tensor, Reduction]] = deque()
         self._parts: dict[int, Part] = {}
         self._headers: dict[int, tuple[Wire, Tensor]] = {}
@@ -66,6 +72,7 @@ class ReducedGradients:
         self._cleared = False
         self._watched = 0
         self.syncing = True
+        self.in_backward: InBackward | None = None
         self.watch()
 
     def watch(self) -> None:
@@ -91,6 +98,11 @@ class ReducedGradients:
             self.syncing = before
             self._left_over, self._settled = True, None
 
+    @property
+    def in_round(self) -> bool:
+        """Whether a backward pass is under way, or has failed."""
+        return self._round is not None
+
     # ---- in a backward pass
 
     def arrived(self, param: int) -> None:
@@ -104,6 +116,8 @@ class ReducedGradients:
         if param not in waits_for:
             # A second one from the same pass, when the first may be under way: it goes with the next round.
             self._left_over = True
+            if self.in_backward is not None:
+                self._problem = self._problem or ALREADY
             return
         waits_for.discard(param)
         if now.to_launch and not now.to_launch[0][1]:
@@ -139,7 +153,7 @@ class ReducedGradients:
         self._close()
         verdict = self._verdict()
         problem = self._problem
-        disagree = verdict is not None and (verdict.problem or not verdict.same_activity)
+        disagree = verdict is not None and self._apart(verdict)
         if problem or disagree:
             self.clear()
         if disagree:
@@ -147,11 +161,18 @@ class ReducedGradients:
         if problem:
             raise RuntimeError(problem)
 
+    def _apart(self, verdict: Verdict) -> bool:
+        """Whether the ranks cannot go on. Hypers are a matter of the step, wherever that is made."""
+        hypers = self.in_backward is not None and not verdict.same_hypers
+        return verdict.problem or not verdict.same_activity or hypers
+
     # ---- rounds
 
     def _open(self, place: Place) -> Round | None:
         """Begin a round, once the ranks agree on what is active; None where nothing is, and no message is due."""
         self._problem = self._problem or sparse(self._buffers)
+        if self.in_backward is not None:
+            self._problem = self._problem or self.in_backward.opened()
         if not self._must_ask and self._agreement.stepping() != self._agreement.active:
             self._change(place)
         if self._must_ask and place == "backward":
@@ -220,6 +241,8 @@ class ReducedGradients:
         while now is not None and now.to_launch:
             self._launch_next(now)
         if now is not None:
+            if self.in_backward is not None:
+                self._step_rest(now, self.in_backward)
             self._last, self._round = now, None
 
     def _launch_next(self, now: Round) -> None:
@@ -231,6 +254,37 @@ class ReducedGradients:
         reduction = self._send(wire, sources, now.leading if first else [])
         if first and not self._ranks.alone:
             now.reading = self._read(wire, reduction)
+        if self.in_backward is not None and now.launched > LAG and self._may_step(now):
+            for index in list(self._parts):
+                self.in_backward.gather([self._step_bucket(index, self.in_backward)])
+
+    def _may_step(self, now: Round) -> bool:
+        """Whether the ranks agree that the buckets of a round step: the same on all of them."""
+        if now.may_step is None:
+            if now.reading is None:
+                now.may_step = self._problem is None and self._agreement.misuse() is None
+            else:
+                verdict = decode(now.reading.get())
+                now.may_step = verdict.same_activity and verdict.same_hypers and not verdict.problem
+        return now.may_step
+
+    def _step_rest(self, now: Round, stepper: InBackward) -> None:
+        """Step what has not stepped at the end of a round, and gather the buckets that are needed first first."""
+        if not self._may_step(now):
+            return
+        wires = {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
+        self._land_all()
+        wires |= {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
+        stepper.gather([wire for _, wire in sorted(wires.items())])
+
+    def _step_bucket(self, index: int, stepper: InBackward) -> Wire | None:
+        """Step a bucket that has landed; what is then to be gathered."""
+        part = self._parts[index]
+        with self._lane.inside():
+            part.ready()
+        wire = stepper.step(index, self._present_of(part, self._agreement.active))
+        del self._parts[index]
+        return wire
 
     def _taken(self, param: int) -> Tensor | None:
         """The gradient of an active parameter, flat, no longer in `p.grad`."""
@@ -257,7 +311,8 @@ class ReducedGradients:
         full = self._ranks.transport.empty(wire.numel, flat.flat)
         with record_function(f"fastopt reduce {flat.label}"):
             pack(wire, full, sources, self._header(wire, flags, leading, full))
-            reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
+            with self._lane.inside():
+                reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
         self._in_flight.append((wire, full, reduction))
         return reduction
 
@@ -275,8 +330,7 @@ class ReducedGradients:
         self._land_all()
         reduction = self._send(wire, {}, leading)
         reading = self._read(wire, reduction)
-        *_, (_, _, sent) = self._in_flight
-        sent.wait()
+        self._finish(reduction)
         self._in_flight.clear()
         return reading
 
@@ -287,13 +341,21 @@ class ReducedGradients:
     def _land(self) -> None:
         """Wait for the oldest bucket under way and add its average to this rank's gradient."""
         wire, _, reduction = self._in_flight.popleft()
-        reduction.wait()
-        part = Part(wire, self._ranks.rank, reduction.mine)
-        part.sums[: part.payload].div_(self._ranks.total)
+        self._finish(reduction)
+        part = Part(wire, self._ranks.rank, reduction.mine, self._ranks.total)
         earlier = self._parts.get(wire.bucket.index)
         if earlier is not None:
-            part.add(earlier)
+            with self._lane.inside():
+                part.add(earlier)
         self._parts[wire.bucket.index] = part
+
+    def _finish(self, reduction: Reduction) -> None:
+        """Wait for the sum in the lane. The model's stream waits only until the full gradient has been sent."""
+        with self._lane.inside():
+            reduction.arrive()
+            with self._lane.outside():
+                reduction.arrive()
+            reduction.wait()
 
     def _land_all(self) -> None:
         while self._in_flight:
@@ -329,7 +391,6 @@ class ReducedGradients:
                 raise RuntimeError(self._problem)
         finally:
             self._problem = None
-        self._land_all()
         self._settled = present = self._present()
         return present
 
@@ -366,7 +427,7 @@ class ReducedGradients:
     def _agreed(self, verdict: Verdict, place: Place) -> bool:
         """Whether the headers leave nothing to be asked."""
         apart = len(verdict.places - {"backward"}) > 1
-        if verdict.problem or not verdict.same_activity or apart:
+        if self._apart(verdict) or apart:
             self._asking = True
             self._agreement.disagree(place, self._problem)
         self._asking = self._asking or not verdict.same_hypers
@@ -381,13 +442,33 @@ class ReducedGradients:
 
     def _present(self) -> list[int]:
         """The active parameters with a gradient on any rank; the flags are read only where some are missing here."""
-        active, found = self._agreement.active, set(self._seen)
-        for part in self._parts.values():
-            missing = [k for k, i in enumerate(part.wire.params) if i in active and i not in found]
-            if missing and not self._ranks.alone:
-                flags = part.flags().tolist()
-                found.update(part.wire.params[k] for k in missing if flags[k] > 0)
-        return sorted(found & active)
+        active = self._agreement.active
+        if not self._ranks.alone and not active <= self._seen:
+            self._land_all()
+            for part in self._parts.values():
+                self._seen.update(self._present_of(part, active))
+        return sorted(self._seen & active)
+
+    def _present_of(self, part: Part, active: Set[int]) -> list[int]:
+        """The active parameters of one bucket with a gradient on any rank."""
+        mine = [i for i in part.wire.params if i in active]
+        if not self._ranks.alone and not self._seen.issuperset(mine):
+            with self._lane.inside():
+                flags = dict(zip(part.wire.params, part.flags().tolist(), strict=True))
+            return sorted(i for i in mine if i in self._seen or flags[i] > 0)
+        return sorted(i for i in mine if i in self._seen)
+
+    def under_way(self, buckets: Set[int]) -> bool:
+        """Whether any of these buckets is still being reduced."""
+        return any(wire.bucket.index in buckets for wire, *_ in self._in_flight)
+
+    def land(self, buckets: Set[int]) -> None:
+        """Wait for these buckets, and average them."""
+        while self.under_way(buckets):
+            self._land()
+        with self._lane.inside():
+            for index in buckets & self._parts.keys():
+                self._parts[index].ready()
 
     def slice(self, param: int) -> Tensor | None:
         """This rank's elements of the averaged gradient."""
@@ -396,19 +477,28 @@ class ReducedGradients:
 
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """The parts of all buckets; what is not active is zero in them."""
-        return [part.sums[: part.payload] for part in self._parts.values()]
+        self._land_all()
+        return [part.ready() for part in self._parts.values()]
+
+    def scale(self, params: Iterable[int], by: Tensor) -> None:
+        """Multiply all parts with a 0-d tensor when they are needed."""
+        for part in self._parts.values():
+            part.scale(by)
 
     def consumed(self) -> None:
         """Free the gradients: what has stepped is not needed again."""
+        self._land_all()
         self._parts.clear()
         self._seen.clear()
         self._last, self._rounds, self._cleared = None, 0, False
         self._settled, self._left_over = None, False
+        if self.in_backward is not None:
+            self.in_backward.done()
 
     def clear(self) -> None:
         """Forget the gradients and a round that a failed backward pass has left open."""
         for *_, reduction in self._in_flight:
-            reduction.wait()
+            self._finish(reduction)
         self._in_flight.clear()
         self._round, self._problem = None, None
         cleared = self._cleared or self._rounds > 0

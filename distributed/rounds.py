@@ -25,21 +25,51 @@ class Round:
         self.waits_for = {wire.bucket.index: params for wire, params in self.to_launch}
         self.tasks: set[int] = set()
         self.reading: Reading | None = None
+        self.may_step: bool | None = None
+
+    @property
+    def launched(self) -> int:
+        """How many buckets have been launched."""
+        return len(self.waits_for) - len(self.to_launch)
 
     @property
     def first(self) -> bool:
         """Whether nothing has been launched."""
-        return len(self.to_launch) == len(self.waits_for)
+        return self.launched == 0
 
 
 class Part:
-    """This rank's part of the gradient of one bucket, with the flags of its header."""
+    """This rank's part of the gradient of one bucket, with the flags of its header.
 
-    def __init__(self, wire: Wire, rank: int, sums: Tensor) -> None:
+    Args:
+        wire: of the bucket.
+        rank: this one.
+        sums: over the ranks.
+        total: the number of ranks that the sums are averaged over.
+    """
+
+    def __init__(self, wire: Wire, rank: int, sums: Tensor, total: int) -> None:
         self.wire = wire
         self.sums = sums
         self.places = wire.held(rank)
         self.payload = wire.payloads[rank]
+        self._total = total
+        self._factors: list[Tensor] = []
+
+    def scale(self, by: Tensor) -> None:
+        """Multiply with a 0-d tensor, when it is needed."""
+        self._factors.append(by)
+
+    def ready(self) -> Tensor:
+        """The average, with all that it was to be multiplied with, without the header."""
+        found = self.sums[: self.payload]
+        if self._total > 1:
+            found.div_(self._total)
+            self._total = 1
+        for factor in self._factors:
+            found.mul_(factor.to(found.device))
+        self._factors.clear()
+        return found
 
     def slice(self, param: int) -> Tensor:
         """The elements of `param`."""
@@ -52,6 +82,8 @@ class Part:
 
     def add(self, earlier: Part) -> None:
         """Add the part of an earlier round, which may have had other active parameters."""
+        self.ready()
+        earlier.ready()
         if earlier.wire is self.wire:
             # Not the rest of the header, which may be on its way to the host.
             told = self.payload + len(self.wire.params)

@@ -34,6 +34,8 @@ def shard(
     bucket_bytes: int | None = None,
     master_weights: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
+    step_in_backward: bool = False,
+    overlap: bool = True,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -59,6 +61,10 @@ def shard(
             slices; by default what `opt` was made with.
         reduce_dtype: stage 2: gradients are exchanged in their own dtype and summed in this one, in the order of the
             ranks, so that sums are the same in every run. By default the backend sums them in their own dtype.
+        step_in_backward: stage 2: step each bucket as soon as it is reduced, beside the rest of the backward pass;
+            `step` then only counts. Gives up clipping, `GradScaler`, and changing hypers between backward and step.
+        overlap: whether parameters come back under the next forward pass. Without, they are complete when `step`
+            returns (on CUDA: for what is enqueued next), for code that reads them in ways of its own.
 
     Raises:
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
@@ -73,12 +79,14 @@ def shard(
     try:
         _check(opt, model, stage)
         _check_dtype(reduce_dtype, stage)
+        if step_in_backward:
+            _check_in_backward(opt, stage)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
         specs = specs_of(opt, model, ranks, cost)
         masters = opt.master_weights if master_weights is None else bool(master_weights)
         about = _about(opt, stage, bucket_bytes, masters, reduce_dtype)
-        report = {**about, "layout": kind, **about_groups(opt, specs)}
+        report = {**about, "step_in_backward": bool(step_in_backward), "layout": kind, **about_groups(opt, specs)}
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
@@ -86,8 +94,9 @@ def shard(
         raise problem
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
-    sharded = ShardedOptimizer(opt, model, ranks, made, params, cast(Literal[1, 2], stage), reduce_dtype)
-    sharded.cost = cost
+    at = cast(Literal[1, 2], stage)
+    sharded = ShardedOptimizer(opt, model, ranks, made, params, at, reduce_dtype, step_in_backward)
+    sharded.cost, sharded.overlap = cost, overlap
     _broadcast_rest(model, params, ranks)
     return sharded
 
@@ -131,6 +140,26 @@ def _check_dtype(reduce_dtype: Any, stage: int) -> None:
         raise TypeError(f"reduce_dtype is a floating-point dtype such as torch.float32, got {reduce_dtype!r}")
     if stage == 1:
         raise ValueError("in stage 1 gradients are averaged by others: reduce_dtype is for stage 2")
+
+
+def _check_in_backward(opt: Optimizer, stage: int) -> None:
+    """Refuse what cannot step bucket by bucket while backward makes gradients."""
+    if stage == 1:
+        raise ValueError(
+            "in stage 1 gradients are averaged by others when backward has ended: step_in_backward is for stage 2"
+        )
+    unsaid = undeclared(opt.cbs)
+    if unsaid:
+        raise ValueError(
+            f"step_in_backward needs to know what {', '.join(unsaid)} must see of a parameter before the first step: "
+            f"declare it (cb.needs = 'elementwise', 'norm' or 'whole')"
+        )
+    at_once = [cb_name(cb) for cb in opt.cbs if hasattr(cb, "step_all")]
+    if at_once:
+        raise ValueError(
+            f"step_in_backward steps bucket by bucket, but {', '.join(at_once)} steps on all parameters at once: use "
+            f"an optimizer of this library"
+        )
 
 
 def _kind(opt: Optimizer, layout: str | None) -> Kind:

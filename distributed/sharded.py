@@ -19,7 +19,7 @@ from ..hypers import Group
 from ..optimizer import Optimizer
 from ..parts import Sharers, is_spread, part_of, part_of_grad, show
 from ..pieces import Box, NamedState
-from ..state import flags_of
+from ..state import ParamState, flags_of
 from ..state_dict import load_state_dict, pack
 from .agreement import Agreement
 from .around import AroundOptimizer, refuse
@@ -27,10 +27,14 @@ from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
 from .gathering import Gathering
-from .gradients import Gradients, LocalGradients, scale
+from .gradients import Gradients, LocalGradients
+from .in_backward import InBackward, refused
+from .lane import Lane
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
+from .pipeline import Pipeline
+from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
 from .sharded_state import Held, consolidate, tensor_bytes
@@ -51,6 +55,8 @@ class ShardedOptimizer(AroundOptimizer):
 
     #: What a step on a parameter costs, see `shard`.
     cost: Callable[[Tensor], float] | None = None
+    #: Whether parameters come back under the next forward pass; False lets `step` wait for them.
+    overlap: bool = True
 
     def __init__(
         self,
@@ -61,12 +67,14 @@ class ShardedOptimizer(AroundOptimizer):
         params: Sequence[Tensor],
         stage: Literal[1, 2],
         reduce_dtype: torch.dtype | None = None,
+        step_in_backward: bool = False,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
         self.model = model
         self.stage = stage
         self._ranks = ranks
+        self._lane = Lane.beside(params) if stage == 2 and ranks.world_size > 1 else Lane(None)
         self._buffers = Buffers(layout, ranks.rank, params, ranks.transport)
         self._agreement = Agreement(self, ranks, self._buffers)
         self._consolidated: dict[int, dict[str, Any]] | None = None
@@ -78,11 +86,18 @@ class ShardedOptimizer(AroundOptimizer):
         self._gradients: Gradients = (
             LocalGradients(ranks, self._buffers, self._agreement)
             if stage == 1
-            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype)
+            else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype, self._lane)
         )
         self._gathering = Gathering(ranks, self._buffers, model)
+        self._pipeline = Pipeline(self._lane, self._buffers, self._gradients, self._gathering, self._run)
+        self._in_backward: InBackward | None = None
+        if step_in_backward and isinstance(self._gradients, ReducedGradients):
+            about = self._lane, self._buffers, self._gathering, self._agreement
+            self._in_backward = InBackward(*about, self._run, lambda: self._beside)
+            self._gradients.in_backward = self._in_backward
         self._keep_own_state()
         teach_grad_scaler()
+        teach_averaged_model()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
         opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
@@ -117,6 +132,17 @@ class ShardedOptimizer(AroundOptimizer):
         work = self._slices(range(len(self.layout.params)))
         return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
 
+    @property  # type: ignore[override]
+    def state(self) -> ParamState:
+        """The state of this rank's parts, see `Optimizer.state`. What is read is that after the last step."""
+        if self._within is not None and self._lane.stepped:
+            self._lane.join()
+        return super().state
+
+    @state.setter
+    def state(self, state: ParamState) -> None:
+        AroundOptimizer.state.fset(self, state)  # type: ignore[attr-defined]
+
     @property
     def needs(self) -> Needs:
         """What the chain must see of a parameter, see `Optimizer.needs`; `'whole'` in a layout of whole parameters."""
@@ -148,22 +174,44 @@ class ShardedOptimizer(AroundOptimizer):
     @outside_compile
     @torch.no_grad()
     def _step_slices(self) -> None:
-        stepping = self._gradients.settle("step")
-        if self._only_recorded or (self.stage == 2 and self._agreement.late):
-            problem = self._not_recorded(stepping) if self._only_recorded else None
-            self._agreement.ask("step", False, problem)
-        self._gathering.synchronize()
-        if self.layout.kind == "whole":
-            self._run_whole(stepping)
+        if self._in_backward is not None:
+            self._in_backward.check()
+            self._gradients.settle("step")
+            self._gathering.begun()
         else:
-            self._run_slices(stepping)
-        self._gathering.start(frozenset(stepping))
+            stepping = self._gradients.settle("step")
+            if self._only_recorded or (self.stage == 2 and self._agreement.late):
+                problem = self._not_recorded(stepping) if self._only_recorded else None
+                self._agreement.ask("step", False, problem)
+            self._pipeline.step(stepping, self._separable, self._beside)
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
+        if not self.overlap:
+            self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
 
-    def _run_slices(self, stepping: list[int]) -> None:
+    @property
+    def _separable(self) -> bool:
+        """Whether the chain steps each parameter without a look at others."""
+        if self.layout.kind == "whole":
+            return not any(hasattr(cb, "step_all") for cb in self.cbs)
+        return chain_needs(self.cbs) == "elementwise"
+
+    @property
+    def _beside(self) -> bool:
+        """Whether a step may go beside what the model does next: it runs kernels of the engine, on numbers."""
+        tensors = any(isinstance(value, Tensor) for group in self.param_groups for value in group.values())
+        return self.opt.runner.recorded and self._separable and not tensors
+
+    def _run(self, stepping: Sequence[int], part: int) -> None:
+        """Run the chain on what this rank owns of some parameters."""
+        if self.layout.kind == "whole":
+            self._run_whole(stepping, part)
+        else:
+            self._run_slices(stepping, part)
+
+    def _run_slices(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
         for i in stepping:
             part, grad = self._buffers.slice(i), self._gradients.slice(i)
@@ -171,11 +219,12 @@ class ShardedOptimizer(AroundOptimizer):
         recorded = self._only_recorded
         try:
             if not recorded and chain_needs(self.cbs) != "norm":
-                self.opt.run(self._slices(stepping))
+                self.opt.run(self._slices(stepping), part=part_of_step)
                 return
             for sharers, some in self._spread.split(stepping).items():
-                engine = self._engine_for(sharers)
-                self.opt.run_tensors(self._slices(some), self._reduce(sharers), recorded=recorded, engine=engine)
+                engine, work = self._engine_for(sharers), self._slices(some)
+                reduce = self._reduce(sharers)
+                self.opt.run_tensors(work, reduce, recorded=recorded, engine=engine, part=part_of_step)
         finally:
             for i in stepping:
                 self._buffers.slice(i).grad = None
@@ -187,7 +236,7 @@ class ShardedOptimizer(AroundOptimizer):
             self._engines[sharers] = new
         return self._engines[sharers]
 
-    def _run_whole(self, stepping: list[int]) -> None:
+    def _run_whole(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on the parameters that this rank owns."""
         work, before = [], []
         for group, members in self._by_group([i for i in stepping if self.layout.owner(i) == self.rank]):
@@ -199,7 +248,7 @@ class ShardedOptimizer(AroundOptimizer):
             work.append(self._work(group, members, params))
         try:
             if work:
-                self.opt.run(work)
+                self.opt.run(work, part=part_of_step)
         finally:
             for p, grad in before:
                 p.grad = None
@@ -255,8 +304,9 @@ class ShardedOptimizer(AroundOptimizer):
         """Wait until the parameters that the last step has moved are complete on this rank.
 
         Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
-        `model.load_state_dict()`, freezing and the next step. Call this before anything else reads a parameter, such as
-        a norm for the log, an average of the weights, or a function that is given `layer.weight`.
+        `model.load_state_dict()`, copying or pickling a module, `AveragedModel`, freezing and the next step. Call this
+        before anything else reads or writes a parameter, such as a norm for the log, or a function that is given
+        `layer.weight`; or pass `shard(..., overlap=False)`.
         """
         self._gathering.synchronize()
 
@@ -267,7 +317,13 @@ class ShardedOptimizer(AroundOptimizer):
     # ---- gradients
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Drop or zero the gradients, reduced ones too. See `Optimizer.zero_grad`."""
+        """Drop or zero the gradients, reduced ones too. See `Optimizer.zero_grad`.
+
+        Raises:
+            RuntimeError: the step has been made in backward and `step` has not been called.
+        """
+        if self._in_backward is not None and self._in_backward.stepped and not self._gradients.in_round:
+            raise refused("zero_grad() before opt.step()", "Call opt.step() after every synchronised backward pass")
         super().zero_grad(set_to_none)
         self._gradients.clear()
 
@@ -291,36 +347,44 @@ class ShardedOptimizer(AroundOptimizer):
 
         Raises:
             ValueError: `norm_type` is not positive.
+            RuntimeError: the optimizer steps in backward.
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
-        stepping = self._gradients.settle("clip_grad_norm_")
-        parts = self._gradients.held(stepping)
+        if self._in_backward is not None:
+            raise refused("clip_grad_norm_()", "Bound what the step does in the chain")
+        present = self._gradients.settle("clip_grad_norm_")
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
-        total = total_norm(self._by_sharers(stepping, parts), float(norm_type), self._ranks, self._spread, device)
-        scale(parts, clip_factor(total.float(), max_norm))
-        return total.float()
+        with self._lane.inside():
+            parts = self._by_sharers(present, self._gradients.held(present))
+            total = total_norm(parts, float(norm_type), self._ranks, self._spread, device).float()
+            self._gradients.scale(present, clip_factor(total, max_norm))
+        return self._lane.bring(total)
 
-    def _by_sharers(self, stepping: list[int], held: list[Tensor]) -> dict[Sharers, list[Tensor]]:
+    def _by_sharers(self, present: Sequence[int], held: list[Tensor]) -> dict[Sharers, list[Tensor]]:
         """This rank's gradients by the process groups that share them: all of `held`, where nobody does."""
         if not self._spread.groups:
             return {(): held}
-        split = self._spread.split(stepping)
+        split = self._spread.split(present)
         slices = {sharers: [self._gradients.slice(i) for i in some] for sharers, some in split.items()}
         return {sharers: [part for part in some if part is not None] for sharers, some in slices.items()}
 
     @torch.no_grad()
     def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
         """What `GradScaler.unscale_` calls, see scaling.py. Collective: an inf on one rank is one on all."""
+        if self._in_backward is not None:
+            raise refused("GradScaler, which unscales gradients and skips steps,", "Train in bfloat16 without a scaler")
         active = self._gradients.settle("unscale_")
-        if self.stage == 2:
-            found = unscale(self._gradients.held(active), inv_scale, found_inf)
-        elif self._spread.groups:
-            grads = [grad for p in self._buffers.params if (grad := part_of_grad(p)) is not None]
-            found = unscale(grads, inv_scale, found_inf)
-        else:
-            found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
-        return {found.device: self._spread.largest(self._ranks.largest(found), self._spread.groups)}
+        with self._lane.inside():
+            if self.stage == 2:
+                found = unscale(self._gradients.held(active), inv_scale, found_inf)
+            elif self._spread.groups:
+                grads = [grad for p in self._buffers.params if (grad := part_of_grad(p)) is not None]
+                found = unscale(grads, inv_scale, found_inf)
+            else:
+                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+            found = self._spread.largest(self._ranks.largest(found), self._spread.groups)
+        return {found.device: self._lane.bring(found)}
 
     # ---- groups
 
@@ -359,6 +423,7 @@ class ShardedOptimizer(AroundOptimizer):
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
         self._gathering.watch()
+        self._pipeline.grown()
         self._agreement.grown(len(params))
 
     # ---- state

@@ -4,72 +4,27 @@
 `fastopt.distributed` shards them over the ranks of a job, `fastopt.checkpoint` saves and resumes them.
 """
 
-from .base import _BaseOptimizer
-from .cbs import (
-    adam_step,
-    average_grad,
-    average_sqr_grad,
-    debias,
-    l2_reg,
-    lamb_step,
-    larc_layer_lr,
-    larc_step,
-    lookahead_start,
-    lookahead_step,
-    momentum_step,
-    qhadam_step,
-    radam_step,
-    rms_prop_step,
-    sgd_step,
-    step_stat,
-    weight_decay,
-)
-from .engine.reductions import whole_norm, whole_rms
-from .hypers import detuplify_pg, pytorch_hp_map, set_item_pg
-from .lookahead import Lookahead, Ranger, ranger
-from .optimizer import Optimizer
-from .optimizers import SGD, Adam, Lamb, Larc, QHAdam, RAdam, RMSProp
-from .pieces import Box, Piece
-from .wrapper import OptimWrapper
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SGD",
-    "Adam",
-    "Box",
-    "Lamb",
-    "Larc",
-    "Lookahead",
-    "OptimWrapper",
-    "Optimizer",
-    "Piece",
-    "QHAdam",
-    "RAdam",
-    "RMSProp",
-    "Ranger",
-    "_BaseOptimizer",
-    "adam_step",
-    "average_grad",
-    "average_sqr_grad",
-    "debias",
-    "detuplify_pg",
-    "l2_reg",
-    "lamb_step",
-    "larc_layer_lr",
-    "larc_step",
-    "lookahead_start",
-    "lookahead_step",
-    "momentum_step",
-    "pytorch_hp_map",
-    "qhadam_step",
-    "radam_step",
-    "ranger",
-    "rms_prop_step",
-    "set_item_pg",
-    "sgd_step",
-    "step_stat",
-    "weight_decay",
-    "whole_norm",
-    "whole_rms",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+else:
+    # Importing torch takes seconds: the command line answers without it where it can.
+
+    def __getattr__(name: str) -> object:
+        """The names of `api`, from the first use of one on."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        api = import_module(".api", __name__)  # not by `from`, which would ask here
+        found = {each: getattr(api, each) for each in api.__all__}
+        globals().update(found, __all__=list(api.__all__))
+        try:
+            return globals()[name]  # also a module of the package that was imported on the way
+        except KeyError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *import_module(".api", __name__).__all__})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -220,20 +220,23 @@ class Optimizer(_BaseOptimizer):
 
     @outside_compile
     @torch.no_grad()
-    def run(self, work: list[GroupWork], reduce: Reduce | None = None, *, recorded: bool = False) -> None:
+    def run(
+        self, work: list[GroupWork], reduce: Reduce | None = None, *, recorded: bool = False, part: Hashable = None
+    ) -> None:
         """Run the chain on `work`, which may be slices of parameters; `reduce` then sums over the processes.
 
         Args:
             work: the tensors to step.
             reduce: see `run_eager`.
             recorded: refuse to run anything as it is, see `Engine.run`.
+            part: which part of a step this is, where it is made in several, see `Engine.run`.
         """
         if any_spread(work):
             if "_made_parts" not in self.__dict__:
                 self._made_parts = Parts()
             self._made_parts.run(self, work)
         else:
-            self.run_tensors(work, reduce, recorded=recorded)
+            self.run_tensors(work, reduce, recorded=recorded, part=part)
 
     def run_tensors(
         self,
@@ -242,9 +245,10 @@ class Optimizer(_BaseOptimizer):
         *,
         recorded: bool = False,
         engine: Engine | None = None,
+        part: Hashable = None,
     ) -> None:
         """As `run`, where DTensors are no more than tensors with rules of their own; `engine` instead of the usual."""
-        (engine or self.runner).run(self.cbs, work, reduce, recorded=recorded)
+        (engine or self.runner).run(self.cbs, work, reduce, recorded=recorded, part=part)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:

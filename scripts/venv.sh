@@ -1,14 +1,31 @@
-# Sourced by scripts/test and scripts/train. Makes `.venv` of this checkout, or brings it up to date, and sets
+# Sourced by scripts/test and scripts/train, with the argument
+#   dev      for `.venv`, which has what is needed to develop, or
+#   clients  for `.venv-clients`, which has the libraries that tests/clients drives.
+# Makes that environment of this checkout, or brings it up to date, and sets
 #   root    the folder of the checkout
-#   python  the interpreter in `.venv`
+#   python  the interpreter in the environment
 #
-# `.venv/fastopt-installed` says what is installed: a checksum of all that the installation depends on, or "unfinished"
-# from its start to its end. An environment that was left unfinished is made again, one whose installation failed is
-# installed into again; one without that file was made by somebody else, and is installed into and never removed.
+# The file `fastopt-installed` in it says what is installed: a checksum of all that the installation depends on, or
+# "unfinished" from its start to its end. An environment that was left unfinished is made again, one whose installation
+# failed is installed into again; one without that file was made by somebody else, is installed into and never removed.
 
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
-python=$root/.venv/bin/python
-stamp=$root/.venv/fastopt-installed
+case $1 in
+  dev)
+    venv=$root/.venv
+    files=("$root"/{pyproject.toml,constraints.txt})
+    packages=(--editable "$root[dev]")
+    ;;
+  clients)
+    venv=$root/.venv-clients
+    files=("$root"/{pyproject.toml,constraints.txt,requirements-clients.txt})
+    # The list is complete, so that pip need not look for more (it says why). Of these libraries the tests import little:
+    # what they do is compiled on the way.
+    packages=(--no-deps --no-compile --editable "$root" --requirement "$root/requirements-clients.txt")
+    ;;
+esac
+python=$venv/bin/python
+stamp=$venv/fastopt-installed
 
 fail() {
   printf '%s: %s\n' "${0##*/}" "$1" >&2
@@ -16,7 +33,7 @@ fail() {
 }
 
 wanted() {
-  { printf '%s\n' "$root" && cat "$root/pyproject.toml" "$root/constraints.txt" "${BASH_SOURCE[0]}"; } | cksum
+  { printf '%s\n' "$root" && cat "${files[@]}" "${BASH_SOURCE[0]}"; } | cksum
 }
 
 installed() {
@@ -40,22 +57,22 @@ install() {
   log=$(mktemp) || fail 'could not make a temporary file.'
   trap 'rm -f "$log"' EXIT
   if [[ -e $stamp && $(<"$stamp") == unfinished ]] || [[ -e $stamp && ! -x $python ]]; then
-    rm -rf "$root/.venv"
+    rm -rf "$venv"
   fi
-  if [[ ! -e $root/.venv ]]; then
+  if [[ ! -e $venv ]]; then
     interpreter=$(find_python) || exit
-    printf 'Making .venv with %s, this takes some minutes once.\n' "$("$interpreter" --version)" >&2
-    mkdir "$root/.venv" || fail "cannot write into $root."
+    printf 'Making %s with %s, this takes some minutes once.\n' "${venv##*/}" "$("$interpreter" --version)" >&2
+    mkdir "$venv" || fail "cannot write into $root."
     printf 'unfinished\n' >"$stamp"
-    "$interpreter" -m venv "$root/.venv" >"$log" 2>&1 || { cat "$log" >&2; fail "could not make $root/.venv."; }
+    "$interpreter" -m venv "$venv" >"$log" 2>&1 || { cat "$log" >&2; fail "could not make $venv."; }
   else
-    "$python" -m pip --version >/dev/null 2>&1 || fail "$root/.venv has no working Python with pip; remove it and run this again."
-    printf 'Bringing .venv up to date.\n' >&2
+    "$python" -m pip --version >/dev/null 2>&1 || fail "$venv has no working Python with pip; remove it and run this again."
+    printf 'Bringing %s up to date.\n' "${venv##*/}" >&2
     printf 'unfinished\n' >"$stamp"
   fi
   # What pip says matters only when it fails: many of its warnings are about this machine and not about us.
   PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --no-input \
-    --editable "$root[dev]" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
+    "${packages[@]}" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
   if ((code)); then
     cat "$log" >&2
     # A pip that was killed may leave half of a package behind, one that gave up does not.
@@ -69,7 +86,7 @@ if ! installed; then
   (
     # One at a time: a second command waits here, and finds the work done.
     if command -v flock >/dev/null; then
-      exec 9>"$root/.venv.lock"
+      exec 9>"$venv.lock"
       flock 9
     fi
     installed || install

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from .commands import run_command
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -88,34 +93,82 @@ def test_the_wheel_holds_all_modules_as_files_and_nothing_else(wheel: Path) -> N
     assert links == []
 
 
-def test_the_wheel_works_away_from_the_checkout(wheel: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    program = (
-        "import importlib.util, fastopt, fastopt.distributed, fastopt.checkpoint\n"
-        "print(fastopt.__file__)\n"
-        "print([name for name in ('distributed', 'checkpoint') if importlib.util.find_spec(name)])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    where, top_level = done.stdout.splitlines()
-    assert Path(where) == tmp_path / "site" / "fastopt" / "__init__.py"
-    assert top_level == "[]"
+SMOKE = """
+import sys, torch
+from fastopt import Adam
+from fastopt.command import main
+
+p = torch.nn.Parameter(torch.ones(3))
+opt = Adam([p], lr=0.1)
+p.grad = torch.ones(3)
+opt.step()
+assert p.max() < 1
+for arguments in (
+    ["plan", "--params", "1e6", "--ranks", "4"],
+    ["bench", "step", "--device", "cpu", "--models", "tiny", "--rules", "Adam", "--rounds", "1", "--seconds", "0.01",
+     "--no-first", "--out", "step.json"],
+    ["doctor", "--json", *sys.argv[1:]],
+):
+    print("==", *arguments, flush=True)
+    assert not main(arguments, "fastopt", standalone_mode=False)
+"""
+
+
+def installed(package: Path, folder: Path) -> Path:
+    """An environment that has nothing but `package`, and sees what it needs in the one that runs the tests."""
+    venv.create(folder, with_pip=False)
+    site = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    (site / "others.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n")
+    options = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", folder / "bin" / "python")
+    run_command(*pip, "install", *options, package, env={"PYTHONPATH": ""}, cwd=folder)
+    assert {path.name.partition("-")[0] for path in site.iterdir()} == {"fastopt", "others.pth"}
+    return folder
+
+
+# Ranks are started from one of the two: that is where most of the time goes.
+@pytest.mark.parametrize(("kind", "options"), [("wheel", ()), ("sdist", ("--no-ranks",))])
+def test_what_is_installed_works(
+    kind: str, options: tuple[str, ...], source: Path, sdist: Path, tmp_path: Path
+) -> None:
+    package = sdist if kind == "sdist" else build("wheel", source, tmp_path / "out")
+    environment = installed(package, tmp_path / "environment")
+    work = tmp_path / "work"
+    work.mkdir()
+    env = {"PYTHONPATH": ""}
+    assert "doctor" in run_command(environment / "bin" / "fastopt", "--help", env=env, cwd=work).stdout
+    printed = run_command(environment / "bin" / "python", "-c", SMOKE, *options, env=env, cwd=work).stdout
+    assert "on 4 ranks" in printed
+    assert json.loads((work / "step.json").read_text())["rows"][0]["who"] == "fastopt"
+    found = json.loads(printed.split("== doctor")[1].partition("\n")[2])
+    texts = {finding["name"]: finding["text"] for finding in found["findings"]}
+    assert f" in {environment}" in texts["fastopt"]
+    assert ("gloo on 2 ranks" in texts) == (not options)
+
+
+def listed(name: str) -> dict[str, str]:
+    """The packages of a list of requirements and their versions, "" where it has none."""
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    assert [line for line in lines if "/" in line or "@" in line] == []
+    pairs = [line.partition("==") for line in lines if line]
+    return {name.lower().replace("_", "-"): version for name, _, version in pairs}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {line.partition(">=")[0].partition("[")[0].lower() for line in requirements}
 
 
 def test_constraints_name_every_direct_requirement_and_no_place() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert [line for line in lines if "/" in line or "@" in line] == []
-    pinned = {line.partition("==")[0].lower().replace("_", "-") for line in lines}
-    extras = PROJECT["project"]["optional-dependencies"].values()
-    needed = [*PROJECT["project"]["dependencies"], *(line for extra in extras for line in extra)]
-    names = {line.partition(">=")[0].partition("[")[0].lower() for line in needed}
-    assert names - pinned == {"fastopt"}
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = set().union(*(names(lines) for extra, lines in extras.items() if extra != "clients"))
+    needed |= names(PROJECT["project"]["dependencies"])
+    assert needed - listed("constraints.txt").keys() == {"fastopt"}
+
+
+def test_the_list_for_clients_has_the_extra_and_a_version_of_each() -> None:
+    clients, pinned = listed("requirements-clients.txt"), listed("constraints.txt")
+    assert names(PROJECT["project"]["optional-dependencies"]["clients"]) <= clients.keys()
+    assert names(PROJECT["project"]["dependencies"]) <= clients.keys()
+    assert {name for name, version in clients.items() if not version and name not in pinned} == set()
+    assert {name for name, version in clients.items() if version and name in pinned} == set()
+    assert "torchvision" not in clients

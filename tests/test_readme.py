@@ -3,33 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from .checkpoint.s3_server import BUCKET, S3Server
-from .commands import ROOT, run_command, torchrun
+from .pages import Block, blocks, on_ranks
 
-_BLOCK = re.compile(r"^```python(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
-BLOCKS = [(m["kind"].strip(), m["code"]) for m in _BLOCK.finditer((ROOT / "README.md").read_text())]
-ALONE = [code for kind, code in BLOCKS if kind == ""]
-# Ranks with Gloo sometimes abort while the interpreter shuts down: the example runs as it is, then leaves before that.
-LEAVE = """
-import os, runpy, sys
-runpy.run_path(sys.argv[1], run_name="__main__")
-sys.stdout.flush()
-os._exit(0)
-"""
-ON_RANKS = [code for kind, code in BLOCKS if kind == "torchrun"]
-GUIDE = [m["code"] for m in _BLOCK.finditer((ROOT / "docs" / "checkpoints.md").read_text())]
-
-
-def on_ranks(code: str, ranks: int, folder: Path) -> str:
-    """What `code` prints on that many ranks of torchrun."""
-    (folder / "example.py").write_text(code)
-    (folder / "leave.py").write_text(LEAVE)
-    return torchrun(ranks, folder / "leave.py", folder / "example.py", cwd=folder).stdout
+BLOCKS = blocks("README.md")
+ALONE = [block for block in BLOCKS if block.kind == ""]
+ON_RANKS = [block.code for block in BLOCKS if block.kind == "torchrun"]
+GUIDE = [block.code for block in blocks("docs/checkpoints.md")]
 
 
 def test_the_readme_has_the_blocks_that_are_run_here() -> None:
@@ -37,11 +21,9 @@ def test_the_readme_has_the_blocks_that_are_run_here() -> None:
     assert len(BLOCKS) == 5
 
 
-@pytest.mark.parametrize("code", ALONE, ids=["optimizer", "own callbacks", "engine"])
-def test_single_process(code: str, tmp_path: Path) -> None:
-    (tmp_path / "example.py").write_text(code)
-    printed = run_command(sys.executable, tmp_path / "example.py", cwd=tmp_path).stdout
-    assert ("executor" if "opt.engine" in code else "lr") in printed
+@pytest.mark.parametrize("block", ALONE, ids=["optimizer", "own callbacks", "engine"])
+def test_single_process(block: Block, tmp_path: Path) -> None:
+    assert ("executor" if "opt.engine" in block.code else "lr") in block.run(tmp_path)
 
 
 def test_many_ranks(tmp_path: Path) -> None:

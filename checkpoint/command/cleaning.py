@@ -6,10 +6,11 @@ import sys
 
 import click
 
+from ...command.answers import Failed, as_json
+from ...command.printing import print_json, print_table, say
 from ..retention import GRACE, Plan, carry_out, plan_prune
 from ..storage import open_storage
 from . import places
-from .printing import print_json, print_table, say
 
 
 @click.command(short_help="Remove old checkpoints and leftovers.")
@@ -22,7 +23,7 @@ from .printing import print_json, print_table, say
               help="Files of unfinished saves that are younger stay: the save may be running.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@places.as_json
+@as_json
 @places.command
 def prune(
     url: str, keep_last: int, keep_every: int | None, grace: float, dry_run: bool, yes: bool, as_json: bool
@@ -44,7 +45,7 @@ def prune(
     work = bool(plan.steps or plan.leftovers) and not dry_run
     if work and not yes:
         if as_json or not sys.stdin.isatty():
-            raise places.Failed("nothing was removed: there is nobody to ask; pass --yes to remove, or --dry-run")
+            raise Failed("nothing was removed: there is nobody to ask; pass --yes to remove, or --dry-run")
         click.confirm("Remove?", abort=True, err=True)
     if work:
         carry_out(storage, plan)

@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from ...command.answers import as_json, say_no
+from ...command.printing import Size, print_json, print_table, say
 from ...pieces import Shape
 from ..catalog import Found, find, survey
 from ..dtypes import DTYPES
@@ -20,14 +22,13 @@ from ..records import MANIFEST, Manifest, StoredTensor
 from ..storage import open_storage
 from ..values import decode
 from . import places
-from .printing import Size, print_json, print_table, say
 
 _RANK = re.compile(r"-r(\d+)-")
 
 
 @click.command(short_help="List the checkpoints of a run.")
 @places.url
-@places.as_json
+@as_json
 @places.command
 def ls(url: str, as_json: bool) -> None:
     """List the checkpoints under URL, and what keeps any from being complete.
@@ -49,7 +50,7 @@ def ls(url: str, as_json: bool) -> None:
             if found.problem is not None and MANIFEST in found.sizes:
                 say(found.problem)
     if not any(found.complete for found in everything):
-        places.say_no()
+        say_no()
 
 
 def _about(found: Found) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def _about(found: Found) -> dict[str, Any]:
 @places.step
 @click.option("--tensors", metavar="TEXT", help="List the tensors whose key contains TEXT ('' for all).")
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True), help="Draw which rank wrote what: .png, .svg.")
-@places.as_json
+@as_json
 @places.command
 def show(url: str, step: int | None, tensors: str | None, plot: str | None, as_json: bool) -> None:
     """Say what is in a checkpoint: parts, groups with their hyper-parameters, states, sizes.

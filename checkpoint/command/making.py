@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import click
 
+from ...command.answers import as_json
+from ...command.printing import print_json, progress, say
 from ..dtypes import DTYPES
 from ..export import export_hf as write_hf
 from ..storage import open_storage
 from ..whole import consolidate as write_whole
 from . import places
-from .printing import print_json, progress, say
 
 
 @click.command(short_help="Write a sharded checkpoint again, each tensor whole.")
 @places.url
 @click.argument("destination")
 @places.step
-@places.as_json
+@as_json
 @places.command
 def consolidate(url: str, destination: str, step: int | None, as_json: bool) -> None:
     """Write a checkpoint of many ranks again under DESTINATION, each tensor whole, as one process would have saved it.
@@ -39,7 +40,7 @@ def consolidate(url: str, destination: str, step: int | None, as_json: bool) -> 
 @places.step
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Round floating point numbers to this.")
 @click.option("--file-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="GB per file.")
-@places.as_json
+@as_json
 @places.command
 def export_hf(url: str, destination: str, step: int | None, dtype: str | None, file_gb: float, as_json: bool) -> None:
     """Write the model's weights into the folder DESTINATION as Hugging Face's libraries load them.

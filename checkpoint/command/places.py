@@ -6,10 +6,11 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
+from ...command.answers import Failed
 from ..errors import CheckpointError
 
 _STEP = re.compile(r"^(?P<root>.*?)/*step-(?P<step>\d{8,19})/*$")
@@ -21,12 +22,6 @@ class Place:
 
     root: str
     step: int | None
-
-
-class Failed(click.ClickException):
-    """It could not be done."""
-
-    exit_code = 2
 
 
 def place(url: str, step: int | None = None) -> Place:
@@ -55,11 +50,5 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def say_no() -> NoReturn:
-    """End with the exit code for an answer that is no."""
-    raise click.exceptions.Exit(1)
-
-
 url = click.argument("url")
 step = click.option("--step", type=click.IntRange(0), help="The step; by default the newest complete one.")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")

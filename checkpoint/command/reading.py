@@ -6,6 +6,8 @@ from dataclasses import asdict
 
 import click
 
+from ...command.answers import as_json, say_no
+from ...command.printing import Size, print_json, print_table, progress, say
 from ..catalog import survey
 from ..difference import diff as find_differences
 from ..errors import CheckpointError
@@ -14,7 +16,6 @@ from ..storage import open_storage
 from ..verifying import Verified
 from ..verifying import verify as verify_one
 from . import places
-from .printing import Size, print_json, print_table, progress, say
 
 
 @click.command(short_help="Check every byte of a checkpoint.")
@@ -22,7 +23,7 @@ from .printing import Size, print_json, print_table, progress, say
 @places.step
 @click.option("--all", "everything", is_flag=True, help="Every checkpoint under URL that has a manifest.")
 @click.option("--no-mark", is_flag=True, help="Leave no note beside a sound checkpoint.")
-@places.as_json
+@as_json
 @places.command
 def verify(url: str, step: int | None, everything: bool, no_mark: bool, as_json: bool) -> None:
     """Read every byte of a checkpoint and compare it with its checksum.
@@ -50,7 +51,7 @@ def verify(url: str, step: int | None, everything: bool, no_mark: bool, as_json:
     if as_json:
         print_json([{**asdict(report), "sound": report.sound} for report in reports])
     if not all(report.sound for report in reports):
-        places.say_no()
+        say_no()
 
 
 def _print(report: Verified) -> None:
@@ -66,7 +67,7 @@ def _print(report: Verified) -> None:
 @click.argument("left")
 @click.argument("right")
 @click.option("--values/--no-values", default=True, help="Compare the elements of tensors too (read both), or not.")
-@places.as_json
+@as_json
 @places.command
 def diff(left: str, right: str, values: bool, as_json: bool) -> None:
     """Compare two checkpoints: names, shapes, hyper-parameters, and every element.
@@ -92,7 +93,7 @@ def diff(left: str, right: str, values: bool, as_json: bool) -> None:
         if rows and not as_json:
             print_table(columns, [[what, _short(x), _short(y)] for what, x, y in rows])
     if found:
-        places.say_no()
+        say_no()
 
 
 def _short(value: object) -> object:

@@ -88,9 +88,19 @@ def _each(op: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
 
 def _divide(x: Any, y: Any) -> Any:
     """`x / y`, which is an error wherever Python says so: numpy finds that infinity by zero is infinity."""
-    if np.any(np.equal(y, 0)):
+    if not (y.all() if isinstance(y, np.ndarray) else y):
         raise ZeroDivisionError
     return x / y
+
+
+def _all(found: Any) -> bool:
+    """Whether a comparison holds in all rows."""
+    return bool(found.all() if isinstance(found, np.ndarray) else found)
+
+
+def _any(found: Any) -> bool:
+    """Whether a comparison holds in any row."""
+    return bool(found.any() if isinstance(found, np.ndarray) else found)
 
 
 #: What the generated function calls where an operation on whole columns would differ from Python's.
@@ -99,6 +109,6 @@ SCOPE: dict[str, Any] = {
     "each_pow": _each(operator.pow),
     "each_floordiv": _each(operator.floordiv),
     "each_mod": _each(operator.mod),
-    "all_": np.all,
-    "any_": np.any,
+    "all_": _all,
+    "any_": _any,
 }

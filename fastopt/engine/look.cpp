@@ -124,8 +124,12 @@ PyObject* same_members(PyObject*, PyObject* args) {
   if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &lists, &PyList_Type, &members)) return nullptr;
   const Py_ssize_t n = PyList_GET_SIZE(members);
   Py_ssize_t at = 0;
-  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(lists); k++) {
+  const Py_ssize_t n_lists = PyList_GET_SIZE(lists);
+  for (Py_ssize_t k = 0; k < n_lists; k++) {
     PyObject* list = PyList_GET_ITEM(lists, k);
+    if (k + 2 * AHEAD < n_lists) __builtin_prefetch(PyList_GET_ITEM(lists, k + 2 * AHEAD));
+    if (k + AHEAD < n_lists && PyList_Check(PyList_GET_ITEM(lists, k + AHEAD)))
+      __builtin_prefetch(reinterpret_cast<PyListObject*>(PyList_GET_ITEM(lists, k + AHEAD))->ob_item);
     if (!PyList_Check(list)) Py_RETURN_FALSE;
     const Py_ssize_t size = PyList_GET_SIZE(list);
     if (at + size > n) Py_RETURN_FALSE;

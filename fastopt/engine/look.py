@@ -26,6 +26,14 @@ grads_of = attrgetter("grad")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two sequences hold the same objects."""
+    compiled = compiled_already()
+    if compiled is not None and type(a) is type(b) is list:
+        return a is b or bool(compiled.same_members([a], b))
+    return a is b or (len(a) == len(b) and all(map(is_, a, b)))
+
+
 def same_members(lists: list[list[Any]], members: list[Any]) -> bool:
     """Whether `lists`, one after the other, have the same objects as `members`."""
     compiled = compiled_already()

@@ -41,6 +41,28 @@ def compiled_already() -> Any | None:
     return _state.get("module")
 
 
+def compiler() -> str | None:
+    """The C++ compiler that would be used, None if there is none."""
+    return shutil.which(_compiler())
+
+
+def status() -> tuple[bool, str]:
+    """Whether the compiled functions are or will be used here, and a sentence on it. Compiles nothing."""
+    if os.environ.get(VARIABLE) == "0":
+        return False, f"in Python, as {VARIABLE}=0 says"
+    if compiler() is None:
+        return False, f"in Python: there is no C++ compiler {_compiler()!r}; CXX names another"
+    headers = sysconfig.get_paths()["include"]
+    if not Path(headers, "Python.h").exists():
+        return False, f"in Python: to compile it takes {headers}/Python.h (python3-dev on Debian)"
+    library = _library()
+    if library is None:
+        return False, "in Python: there is no folder of one's own for what is compiled; FASTOPT_CACHE_DIR names one"
+    if not library.exists():
+        return True, f"will be compiled in the background of a training with many parameters, into {library.parent}"
+    return native() is not None, f"compiled, in {library}"
+
+
 def _find_or_compile() -> None:
     wanted = os.environ.get(VARIABLE, "")
     try:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..hypers import Group
-from ..state import ParamState
+from ..state import Entry, ParamState
 from ..watched import watch_of
 from .blocks import run_blocks
 from .chain import Chain
@@ -51,8 +51,8 @@ class Engine:
         self._chain: Chain | None = None
         self._ran: dict[int, Choice] = {}
         self._used: dict[int, str] = {}
-        self._triton: dict[torch.device, TritonRuns] = {}
-        self._steady: Steady | None = None
+        self._triton: dict[tuple[Hashable, torch.device], TritonRuns] = {}
+        self._steady: dict[Hashable, Steady] = {}
         self._whole: Whole | None = None
         #: Whether everything in the last step was recorded, so that no cb has received a tensor of the state.
         self.recorded = False
@@ -65,16 +65,19 @@ class Engine:
         reduce: Reduce | None = None,
         *,
         recorded: bool = False,
+        part: Hashable = None,
     ) -> None:
         """Run the chain on all of the work, in place; the other arguments are those of `run_eager`.
 
         Args:
             recorded: the tensors are slices, and that this is right is known from the recording only.
+            part: which part of a step this is, where it is made in several: what was found out about the work of a part
+                is kept for the same part of the next step.
 
         Raises:
             RuntimeError: `recorded`, and something would have to run as it is. Nothing has changed then.
         """
-        self._run(cbs, work, reduce, launch=True, recorded=recorded)
+        self._run(cbs, work, reduce, launch=True, recorded=recorded, part=part)
 
     def needs(self, cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> Needs:
         """What the chain must see of a sharded parameter, as far as the hypers and states of `work` tell.
@@ -119,6 +122,7 @@ class Engine:
         reduce: Reduce | None,
         launch: bool,
         recorded: bool = False,
+        part: Hashable = None,
     ) -> None:
         name, reason = requested(self.name)
         self.recorded = False
@@ -130,12 +134,17 @@ class Engine:
             self._note(work, "eager", reason)
             return
         chain = self._chain_of(cbs)
-        again = self._steady.cohorts() if self._steady is not None and self._steady.fits(work) else None
+        steady = self._steady.get(part)
+        again = steady.cohorts() if steady is not None and steady.fits(work) else None
         if again is not None:
             self.recorded = True
-            self._execute(again, name, reduce, launch)
+            self._execute(again, name, reduce, launch, part)
             return
-        self._steady = self._whole = None
+        self._steady.pop(part, None)
+        self._whole = None
+        self._forget_steps_of(work)
+        owner = next((state.owner for group in work for state in group.states if isinstance(state, Entry)), None)
+        changes = 0 if owner is None else owner.changes
         self._add_masters(work)
         if self._as_it_is and name is None and not recorded and launch and _on_cpu(work):
             self._as_it_is -= 1
@@ -155,16 +164,26 @@ class Engine:
             run_eager(cbs, work, reduce)  # in full, so that all processes make the same calls of `reduce`
             self._note(work, "eager", why)
             return
-        ran = self._execute(cohorts, name, reduce, launch)
-        self._used |= {index: executor for executor, part in ran for cohort in part for index in cohort.groups}
+        ran = self._execute(cohorts, name, reduce, launch, part)
+        self._used |= {index: executor for executor, some in ran for cohort in some for index in cohort.groups}
         if refused:  # all of the work where nothing was recorded, for a cb may step on everything at once
             run_eager(cbs, [group for group, _ in refused] if cohorts else work, reduce)
         self._note(work, None, reason, refused)
         self.recorded = not refused
         if not refused:
-            self._steady = Steady(work, cohorts, chain, set(self._used.values()) == {"triton"})
-            if not self._steady.reusable:
-                self._steady = None
+            if owner is not None:
+                for other in self._steady.values():
+                    other.excuse(owner, owner.changes - changes)
+            found = Steady(work, cohorts, chain, set(self._used.values()) == {"triton"})
+            if found.reusable:
+                self._steady[part] = found
+
+    def _forget_steps_of(self, work: Sequence[GroupWork]) -> None:
+        """Forget other parts that have stepped any of these parameters: their numbers go on without being told."""
+        stepping = {id(p) for group in work for p in group.params}
+        for part, steady in list(self._steady.items()):
+            if any(id(p) in stepping for params in steady.stepping().values() for p in params):
+                del self._steady[part]
 
     def _add_masters(self, work: Sequence[GroupWork]) -> None:
         if self.masters:
@@ -190,7 +209,7 @@ class Engine:
         if whole is None or name == "eager" or not whole.holds(groups, state):
             return False
         self._chain_of(cbs)
-        steady = self._steady
+        steady = self._steady.get(None)
         if steady is None:
             return False
         if whole.hypers_changed() and not steady.set_hypers({i: hypers_of(i) for i in steady.stepping()}):
@@ -212,25 +231,25 @@ class Engine:
         """
         watch = watch_of(groups)
         plain = all(_is_plain(key, value) for group in groups for key, value in group.items())
-        if self._steady is not None and watch is not None and plain:
+        if None in self._steady and watch is not None and plain:
             self._whole = Whole(groups, watch, state, idle)
 
     def _execute(
-        self, cohorts: list[Cohort], name: str | None, reduce: Reduce | None, launch: bool
+        self, cohorts: list[Cohort], name: str | None, reduce: Reduce | None, launch: bool, part: Hashable = None
     ) -> list[tuple[str, list[Cohort]]]:
         """Let the executor of each device run its cohorts. Returns which one ran which."""
         used: list[tuple[str, list[Cohort]]] = []
-        for device, part in _by_device(cohorts).items():
-            executor = executor_of(part, name)
+        for device, here in _by_device(cohorts).items():
+            executor = executor_of(here, name)
             if executor == "triton":
-                if device not in self._triton:
-                    self._triton[device] = TritonRuns()
-                self._triton[device].run(part, reduce, launch)
+                if (part, device) not in self._triton:
+                    self._triton[part, device] = TritonRuns()
+                self._triton[part, device].run(here, reduce, launch)
             else:
                 _only_kernels_replay(launch)
                 with torch.no_grad():
-                    (run_llvm if executor == "llvm" else run_blocks)(part, reduce)
-            used.append((executor, part))
+                    (run_llvm if executor == "llvm" else run_blocks)(here, reduce)
+            used.append((executor, here))
         return used
 
     def programs(self) -> tuple[Program, ...]:
@@ -266,9 +285,10 @@ class Engine:
             or any(a is not b for a, b in zip(self._chain.cbs, cbs, strict=True))
         ):
             self._chain = Chain(cbs)
-            self._steady, self._as_it_is = None, 0
+            self._steady.clear()
+            self._as_it_is = 0
         if self._chain.refresh():
-            self._steady = None
+            self._steady.clear()
         return self._chain
 
     def _note(

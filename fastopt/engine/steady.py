@@ -21,17 +21,12 @@ from ..state import Entry, ParamState
 from ..watched import Watch, watch_of
 from .chain import Chain, Kind, Row, hypers_kind
 from .columns import NoColumn, columns, evaluate_columns, row_of
-from .look import Looked, grads_of, same_members
+from .look import Looked, grads_of, same, same_members
 from .plan import Cohort
 from .recorder import NotRecordable
 from .work import GroupWork
 
 _GroupKind = tuple[list[str], list[type], Kind | None]
-
-
-def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """Whether two sequences hold the same objects."""
-    return a is b or (len(a) == len(b) and all(map(is_, a, b)))
 
 
 class SteadyCohort:
@@ -77,6 +72,11 @@ class SteadyCohort:
             return False
         assert self.cohort.looked is not None
         return self.cohort.looked.again(states=self.owner is None or self.owner.handed_out)
+
+    def excuse(self, owner: ParamState, changes: int) -> None:
+        """Leave `changes` of `owner` out of account: a step of other parameters has made them."""
+        if owner is self.owner:
+            self._changes += changes
 
     def _same_entries(self) -> bool:
         """Whether every state has the entries that the last step left, looked at one by one."""
@@ -233,6 +233,11 @@ class Steady:
         if all(each.unchanged() for each in self.steady) and all(each.renew() for each in self.steady):
             return [each.cohort for each in self.steady]
         return None
+
+    def excuse(self, owner: ParamState, changes: int) -> None:
+        """Leave `changes` of `owner` out of account: a step of other parameters has made them."""
+        for each in self.steady:
+            each.excuse(owner, changes)
 
     def stepping(self) -> dict[int, list[Any]]:
         """The parameters that stepped, by group."""

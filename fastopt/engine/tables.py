@@ -104,7 +104,7 @@ class Table:
 
 def _same_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two arrays of one shape and dtype are equal to the bit."""
-    if a.nbytes <= 4096:
+    if a.nbytes <= 1 << 16:
         return a.tobytes() == b.tobytes()
     return np.array_equal(a.view(np.uint8), b.view(np.uint8))
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import xxhash
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
+from fastopt.checkpoint import save
+from fastopt.checkpoint.values import decode, encode
+
+from ..commands import ROOT
 from ..ranks import RankPool
-from .jobs import data_files, element_values
+from .jobs import adam_job, data_files, element_values, train
 from .test_many_ranks import Values, save_cut
 
 Ranks = Callable[[int], RankPool]
@@ -43,56 +47,67 @@ def expected() -> dict[str, torch.Tensor]:
     return whole
 
 
-WIDTH = {"F32": 4, "BF16": 2, "I32": 4, "U8": 1}
-
-
-def read_by_the_document(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a step folder, by nothing but docs/checkpoint-format.md; sizes and checksums looked at."""
-    data = (folder / "manifest.json").read_bytes()
-    assert data[:11] == b'{"digest":"'
-    assert data[27:29] == b'",'
-    assert data[11:27].decode() == xxhash.xxh3_64_hexdigest(data[29:])
-    manifest = json.loads(data)
-    homes = [folder.parent / f"step-{file['step']:08d}" / file["name"] for file in manifest["files"]]
-    files = [home.read_bytes() for home in homes]
-    for file, content in zip(manifest["files"], files, strict=True):
-        assert file["bytes"] == len(content)
-        assert file["header"] == 8 + int.from_bytes(content[:8], "little")
-        assert file["digest"] == xxhash.xxh3_64_hexdigest(content[: file["header"]])
-        body = content[file["header"] :]
-        for i, start in enumerate(range(0, len(body), manifest["block"])):
-            digest = xxhash.xxh3_64_hexdigest(body[start : start + manifest["block"]])
-            assert digest == file["blocks"][16 * i : 16 * i + 16]
-    cursor = [file["header"] for file in manifest["files"]]
-    tensors = {}
-    for key, tensor in sorted(manifest["tensors"].items(), key=lambda each: (-WIDTH[each[1]["dtype"]], each[0])):
-        itemsize, shape = WIDTH[tensor["dtype"]], tensor["shape"]
-        whole = np.zeros((math.prod(shape), itemsize), np.uint8)
-        parts = []
-        for file, start, count, *run in tensor.get("shards", []):
-            times, files_on, elements_on = run or (1, 0, 0)
-            parts += [(file + i * files_on, slice(start + i * elements_on, None), count) for i in range(times)]
-        for number, place, count in parts:
-            raw = files[number][cursor[number] : cursor[number] + count * itemsize]
-            whole[place][:count] = np.frombuffer(raw, np.uint8).reshape(-1, itemsize)
-            cursor[number] += len(raw)
-        boxed = whole.reshape(*shape, itemsize)
-        for number, offset, extent in tensor.get("boxes", []):
-            raw = files[number][cursor[number] : cursor[number] + math.prod(extent) * itemsize]
-            box = tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))
-            boxed[box] = np.frombuffer(raw, np.uint8).reshape(*extent, itemsize)
-            cursor[number] += len(raw)
-        tensors[key] = boxed
-    assert cursor == [len(content) for content in files]
-    return tensors
+READER: dict[str, Any] = runpy.run_path(str(ROOT / "docs" / "examples" / "read_checkpoint.py"))
 
 
 def test_a_reader_written_from_the_document_finds_everything(folder: Path) -> None:
-    found = {key.removeprefix("model/"): value for key, value in read_by_the_document(folder).items()}
+    found = READER["read_tensors"](folder, READER["read_manifest"](folder))
     for key, tensor in expected().items():
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        assert found.pop(key).tobytes() == raw.tobytes()
+        stored = found.pop(key) if key.startswith("state/") else found.pop(f"model/{key}")
+        assert stored.shape == (*tensor.shape, tensor.element_size())
+        assert stored.tobytes() == raw.tobytes()
     assert {key.split("/")[0] for key in found} == {"rng"}
+
+
+def test_that_reader_finds_groups_states_and_values(tmp_path: Path) -> None:
+    model, opt, scheduler = adam_job()
+    train(model, opt, scheduler)
+    extra = {"note": "\u00e9", "$": 1, "list": [1, 2.5, None]}
+    for step in (1, 2):  # the second names files of the first
+        save(tmp_path, step=step, model=model, opt=opt, scheduler=scheduler, extra=extra)
+    manifest = READER["read_manifest"](tmp_path / "step-00000002")
+    tensors, value, groups = READER["read_tensors"](tmp_path / "step-00000002", manifest), READER["value"], opt.param_groups
+    assert manifest["extra"] == extra
+    assert value(manifest["scheduler"]) == scheduler.state_dict()
+    names = {id(p): name for name, p in model.named_parameters()}
+    for stored, group in zip(manifest["opt"]["groups"], groups, strict=True):
+        assert stored["params"] == [names[id(p)] for p in group["params"]]
+        found = {key: value(option) for key, option in stored["options"].items()}
+        assert found == {key: option for key, option in group.items() if key not in ("params", "param_names")}
+    for p, state in opt.state.items():
+        stored = manifest["opt"]["states"][names[id(p)]]
+        assert {key: value(each) for key, each in stored["values"].items()} == {"step": state["step"]}
+        for key in stored["tensors"]:
+            assert tensors[READER["state_key"](names[id(p)], key)].tobytes() == state[key].numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("stored", "is_"),
+    [
+        ({"$": "float", "v": "-inf"}, -math.inf),
+        ({"$": "complex", "v": [1.0, -2.0]}, 1 - 2j),
+        ({"$": "tuple", "v": [1, {"$": "tuple", "v": []}]}, (1, ())),
+        ({"$": "dict", "v": [[3, "a"], ["$", 2]]}, {3: "a", "$": 2}),
+        ({"$": "counter", "v": [["a", 2]]}, Counter(a=2)),
+        ({"$": "bytes", "v": "AAE="}, b"\0\1"),
+    ],
+)
+def test_that_reader_and_ours_agree_on_values(stored: Any, is_: Any) -> None:
+    assert READER["value"](stored) == decode(stored, "here") == is_
+    assert encode(is_, "here") == stored
+
+
+@pytest.mark.parametrize("where", ["manifest", "header", "data"])
+def test_that_reader_refuses_a_flipped_bit(where: str, tmp_path: Path) -> None:
+    model, opt, _ = adam_job()
+    folder = Path(save(tmp_path, step=1, model=model, opt=opt))
+    file = folder / "manifest.json" if where == "manifest" else data_files(folder)[0]
+    data = bytearray(file.read_bytes())
+    data[{"manifest": 100, "header": 20, "data": -1}[where]] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        READER["read_tensors"](folder, READER["read_manifest"](folder))
 
 
 def test_safetensors_opens_every_file(folder: Path) -> None:

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..commands import ROOT, run_command
-from ..test_readme import _BLOCK, on_ranks
+from ..pages import blocks
 
-BLOCKS = [(m["kind"].strip(), m["code"]) for m in _BLOCK.finditer((ROOT / "docs" / "sharding.md").read_text())]
+BLOCKS = blocks("docs/sharding.md")
 
 
 def printed_by(word: str, tmp_path: Path) -> str:
     """What the example that has `word` in it prints, on two ranks if it is for ranks."""
-    kind, code = next((kind, code) for kind, code in BLOCKS if word in code and kind != "excerpt")
-    if kind == "torchrun":
-        return on_ranks(code, 2, tmp_path)
-    (tmp_path / "example.py").write_text(code)
-    return run_command(sys.executable, tmp_path / "example.py", cwd=tmp_path).stdout
+    return next(block for block in BLOCKS if word in block.code and block.kind != "excerpt").run(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -37,4 +31,4 @@ def test_example(word: str, says: str, tmp_path: Path) -> None:
 
 
 def test_all_examples_are_run_here() -> None:
-    assert sorted(kind for kind, _ in BLOCKS) == ["", "", "excerpt", "excerpt", "torchrun", "torchrun"]
+    assert sorted(block.kind for block in BLOCKS) == ["", "", "excerpt", "excerpt", "torchrun", "torchrun"]

@@ -165,7 +165,7 @@ def test_an_optimizer_takes_the_compiled_functions(monkeypatch: pytest.MonkeyPat
         for p, q in zip(ours, theirs, strict=True):
             assert torch.equal(p, q)
         if i == 8:
-            steady = a.runner._steady
+            steady = a.runner._steady.get(None)
             assert steady is not None
             assert type(steady.steady[0].cohort.looked._eyes) is look.NativeEyes  # type: ignore[union-attr]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.bench.first import first_step
+from fastopt.bench.step.first import first_step
 from tests.commands import ROOT, run_command
 
 SCRIPT = ROOT / "scripts" / "bench_step.py"

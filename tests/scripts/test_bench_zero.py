@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.bench import trace
+from fastopt.bench.zero import trace
 from tests.commands import ROOT, run_command, torchrun
 
 SCRIPT = ROOT / "scripts" / "bench_zero.py"

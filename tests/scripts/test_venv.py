@@ -68,7 +68,8 @@ class Checkout:
 def checkout(tmp_path: Path) -> Checkout:
     root = tmp_path / "a check out"  # with spaces
     (root / "scripts").mkdir(parents=True)
-    for name in ("scripts/test", "scripts/train", "scripts/venv.sh", "pyproject.toml", "constraints.txt"):
+    requirements = ("pyproject.toml", "constraints.txt", "requirements-clients.txt")
+    for name in ("scripts/test", "scripts/train", "scripts/venv.sh", *requirements):
         shutil.copy(ROOT / name, root / name)
     interpreter = tmp_path / "interpreter"
     interpreter.write_text(INTERPRETER)
@@ -179,6 +180,21 @@ def test_train_starts_two_ranks_and_hands_its_arguments_on(checkout: Checkout) -
     assert checkout.run("train", "--steps", "3", "--demo")[1] == f"ran {script}/demo.py --steps 3\n"
     assert checkout.run("train", "--help")[1].endswith(f"ran {script}/train.py --help\n")
     assert checkout.run("test", "--help")[1].startswith("usage: scripts/test")
+
+
+def test_that_of_the_clients_is_another_one(checkout: Checkout) -> None:
+    checkout.run()
+    everything = "ran -m pytest -n auto --dist loadfile tests/clients\n"
+    made = "Making .venv-clients with Python 3.12.0, this takes some minutes once.\n"
+    assert checkout.run("test", "--clients") == (0, everything, made)
+    assert checkout.run("test", "--clients", "some.py", "-x") == (0, "ran -m pytest some.py -x\n", "")
+    listed = f"--requirement {checkout.root}/requirements-clients.txt --constraint {checkout.root}/constraints.txt"
+    assert listed in (checkout.notes / "installs").read_text().splitlines()[1]
+    with (checkout.root / "requirements-clients.txt").open("a") as file:
+        file.write("# changed\n")
+    assert checkout.run("test", "--clients", "some.py")[2] == "Bringing .venv-clients up to date.\n"
+    assert checkout.run()[2] == ""
+    assert checkout.installs == 3
 
 
 def test_without_arguments_all_checks_run_and_a_failed_one_is_named(checkout: Checkout) -> None:

@@ -1,0 +1,60 @@
+"""The command `fastopt`. A new sub-command is an entry in COMMANDS."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import NamedTuple
+
+import click
+
+from .. import __version__
+
+
+class Place(NamedTuple):
+    """Where the click command of a sub-command is, and what it does in one line."""
+
+    module: str
+    name: str
+    short: str
+
+
+COMMANDS = {
+    "bench": Place("fastopt.bench.command", "bench", "Time steps, sharded training and checkpoints."),
+    "checkpoint": Place("fastopt.checkpoint.command", "checkpoint", "Look at checkpoints, check them, convert them."),
+    "doctor": Place("fastopt.doctor.command", "doctor", "Say what is installed, what will run, and what is broken."),
+    "plan": Place("fastopt.distributed.command", "plan", "Say what sharding a model will cost, without any ranks."),
+}
+"""The sub-commands. Their modules import torch, so each is imported only when it runs."""
+
+
+class Commands(click.Group):
+    """A group whose commands are those of COMMANDS."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """What help and completion show of a command: its name and short help."""
+        place = COMMANDS.get(cmd_name)
+        return None if place is None else click.Command(cmd_name, short_help=place.short)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that `args` start with, itself, and the rest of them."""
+        name, _, rest = super().resolve_command(ctx, args)
+        if name is None:
+            return name, None, rest
+        command = getattr(import_module(COMMANDS[name].module), COMMANDS[name].name)
+        return name, command if isinstance(command, click.Command) else None, rest
+
+
+@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="%(version)s")
+def main() -> None:
+    """fastopt: optimizers, sharding and checkpoints for PyTorch.
+
+    \b
+    Example:  fastopt doctor
+    """

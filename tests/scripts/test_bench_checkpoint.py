@@ -1,0 +1,58 @@
+"""The benchmark of checkpoints, on a narrow model: that it runs and what it counts, not the times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastopt.bench.checkpoint.planning import llama, plan
+from tests.commands import ROOT, run_command
+
+SCRIPT = ROOT / "scripts" / "bench_checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run has written."""
+    out = tmp_path_factory.mktemp("bench") / "checkpoint.json"
+    quick = ("--scale", "0.03", "--rounds", "1", "--simulated", "4", "--folder", out.parent)
+    run_command(sys.executable, SCRIPT, *quick, "--out", out, cwd=out.parent)
+    assert [path.name for path in out.parent.iterdir()] == ["checkpoint.json"]
+    found: dict[str, Any] = json.loads(out.read_text())
+    return found
+
+
+def test_everybody_has_saved_and_loaded(result: dict[str, Any]) -> None:
+    for name in ("raw", "torch.save", "DCP", "DCP HF", "fastopt"):
+        assert result[f"{name} save"]["seconds"] > 0
+        assert result[f"{name} load"]["seconds"] > 0
+    assert result["raw save"]["of floor"] == 1
+    assert {"raw", "DCP", "fastopt", "fastopt in place", "fastopt by copies"} <= result["reshard"].keys()
+    assert {"copy", "stall", "until written", "x copy"} == result["stall"].keys()
+
+
+def test_the_bytes_of_a_rank(result: dict[str, Any]) -> None:
+    d = 16  # 768 * 0.03, rounded down to a multiple of 16
+    block = 4 * d + (d * 3 * d + 3 * d) + (d * d + d) + (d * 4 * d + 4 * d) + (4 * d * d + d)
+    elements = (50257 + 1024) * d + 12 * block + 2 * d
+    assert result["bytes of a rank"] == pytest.approx(3 * 4 * elements / 2, rel=1e-3)  # half of three float32 states
+
+
+def test_the_plan_reads_what_a_rank_holds() -> None:
+    found = plan(4)
+    assert sum(a * b for _, (a, b) in ((n, (*s, 1)[:2]) for n, s in llama())) == 1_364_297_728
+    assert found["ranks"] == 4
+    assert found["files"] >= 2 * 4
+    assert found["requests of a rank"] >= 1
+
+
+def test_a_failing_rank_ends_the_run(tmp_path: Path) -> None:
+    done = run_command(
+        sys.executable, SCRIPT, "--only", "stall", "--scale", "-1", "--folder", tmp_path, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "negative dimension" in done.stdout
