@@ -7,8 +7,8 @@ mapped, and a rank fetches what it wants from the others by copies, which no mul
 one small block before the copies says that all ranks have filled their buffers, one after them that they may write into
 these again.
 
-Buffers that are sent once are taken in turns from `SLOTS` pieces of symmetric memory, which stay. What lies elsewhere
-(a bucket of several groups, which is packed to be gathered; parts of unequal length) goes over the group's backend.
+Buffers that are sent once are taken in turns from `SLOTS` pieces of symmetric memory, which stay. Parts of unequal
+length (a layout of whole parameters) go over the group's backend.
 All ranks issue the same barriers in the same order, so that none of them waits for one that has not been issued.
 """
 
@@ -98,17 +98,22 @@ class CopyTransport(GroupTransport):
         torch.sum(received.view(self._world_size, -1), dim=0, out=mine)
         return self._done()
 
-    def all_gather(self, full: Tensor, mine: Tensor) -> Work:
-        """In place; the copies run beside what the current stream is given next."""
-        handle = self._handle(full)
-        if handle is None or mine.data_ptr() != self._part(full, self._rank, mine.numel()).data_ptr():
-            return super().all_gather(full, mine)
+    def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
+        """In place, in buffers that lie together; the copies run beside what the current stream is given next."""
+        handle = self._handle(fulls[0])
+        together = all(self._handle(full) is handle for full in fulls)
+        both = list(zip(fulls, mines, strict=True))
+        in_place = all(self._part(full, self._rank, mine.numel()).data_ptr() == mine.data_ptr() for full, mine in both)
+        if handle is None or not together or not in_place:
+            return super().all_gather(fulls, mines)
         self._barrier(handle)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            for other in self._others():
-                peer = self._peer(handle, full, other, other * mine.numel(), mine.numel())
-                self._part(full, other, mine.numel()).copy_(peer, non_blocking=True)
+            for full, mine in both:
+                size = mine.numel()
+                for other in self._others():
+                    peer = self._peer(handle, full, other, other * size, size)
+                    self._part(full, other, size).copy_(peer, non_blocking=True)
             self._barrier(handle)
             return self._done()
 

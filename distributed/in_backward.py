@@ -68,10 +68,10 @@ class InBackward:
 
     def step(self, present: Mapping[int, Sequence[int]]) -> list[Wire]:
         """Step the parameters of some buckets, by their number; what is then to be gathered."""
-        self.stepped = True
         params = [i for members in present.values() for i in members]
         if not params:
             return []
+        self.stepped = True
         part = min(present)
         if self._lane and self._beside():
             with self._lane.inside():

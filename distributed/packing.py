@@ -50,11 +50,18 @@ def unpack(wire: Wire, received: Tensor, flat: Tensor) -> None:
         torch._foreach_copy_(into, out_of, non_blocking=True)
 
 
+def own_spans(wire: Wire, flat: Tensor, rank: int) -> list[Tensor]:
+    """What `rank` owns of each span of a wire whose parts are equally long: views of `flat`."""
+    world_size = wire.bucket.world_size
+    shares = [(start, (stop - start) // world_size) for start, stop in wire.spans or ()]
+    return [flat[start + rank * share : start + (rank + 1) * share] for start, share in shares]
+
+
 def own_part(wire: Wire, flat: Tensor, rank: int) -> Tensor:
-    """The part of `rank` of the parameters in `flat`, in one piece (a view where it is one there)."""
+    """The part of `rank` of the parameters in `flat`, in one piece (a view where all of a `whole` bucket is sent)."""
     starts = {entry.param: entry.start for entry in wire.bucket.entries}
-    if wire.flat is not None:
-        at = wire.flat[0] + sum(wire.payloads[:rank])
+    if wire.spans is not None and not wire.even:
+        at = sum(wire.payloads[:rank])
         return flat[at : at + wire.payloads[rank]]
     pieces = []
     for run in wire.parts[rank]:

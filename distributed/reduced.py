@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..parts import part_of_grad
 from .agreement import Agreement
 from .buckets import Buffers
 from .collectives import Ranks, Reading, Reduction
@@ -136,6 +137,7 @@ class ReducedGradients:
         if now is not None and now.tasks and not inner and task > max(now.tasks):
             with torch.no_grad():
                 self._close()  # of a pass whose end nobody has told
+                self._verdict()
             now = None
         if now is None:
             with torch.no_grad():
@@ -291,10 +293,16 @@ class ReducedGradients:
         p = self._buffers.params[param]
         if param not in self._agreement.active or p.grad is None:
             return None
+        grad: Tensor | None = None
         if p.grad.layout != torch.strided:
             self._problem = sparse(self._buffers)
-        grad, p.grad = p.grad, None
-        return grad.reshape(-1) if grad.layout == torch.strided else None
+        else:
+            try:
+                grad = part_of_grad(p)
+            except ValueError as error:
+                self._problem = f"{self._buffers.layout.params[param].name!r}: {error}"
+        p.grad = None
+        return None if grad is None else grad.reshape(-1)
 
     def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
         """Start the collective of one bucket."""

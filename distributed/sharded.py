@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base import outside_compile
-from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
+from ..engine import Choice, Engine, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..engine.describe import attribute
 from ..engine.master import MASTER
 from ..hypers import Group
 from ..optimizer import Optimizer
+from ..parts import Sharers, is_spread, part_of, part_of_grad, show
 from ..pieces import Box, NamedState
 from ..state import ParamState, flags_of
 from ..state_dict import load_state_dict, pack
@@ -33,9 +34,11 @@ from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .pipeline import Pipeline
+from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
 from .sharded_state import Held, consolidate, tensor_bytes
+from .spread import Spread
 
 StateDict = dict[str, Any]
 
@@ -52,6 +55,8 @@ class ShardedOptimizer(AroundOptimizer):
 
     #: What a step on a parameter costs, see `shard`.
     cost: Callable[[Tensor], float] | None = None
+    #: Whether parameters come back under the next forward pass; False lets `step` wait for them.
+    overlap: bool = True
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class ShardedOptimizer(AroundOptimizer):
         self._consolidated: dict[int, dict[str, Any]] | None = None
         self._sliced: dict[tuple[int, ...], tuple[ParamState, int, list[tuple[int, list[Tensor], list[Any]]]]] = {}
         self._index = {id(p): i for i, p in enumerate(params)}
+        self._spread = Spread(params)
+        self._engines: dict[Sharers, Engine] = {}
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
@@ -91,6 +98,7 @@ class ShardedOptimizer(AroundOptimizer):
             self._gradients.in_backward = self._in_backward
         self._keep_own_state()
         teach_grad_scaler()
+        teach_averaged_model()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
         opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
@@ -173,12 +181,15 @@ class ShardedOptimizer(AroundOptimizer):
             self._gathering.begun()
         else:
             stepping = self._gradients.settle("step")
-            if self._only_recorded:
-                self._agreement.ask("step", False, self._not_recorded(stepping))
+            if self._only_recorded or (self.stage == 2 and self._agreement.late):
+                problem = self._not_recorded(stepping) if self._only_recorded else None
+                self._agreement.ask("step", False, problem)
             self._pipeline.step(stepping, self._separable, self._beside)
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
+        if not self.overlap:
+            self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
 
     @property
@@ -203,18 +214,28 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _run_slices(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
-        work = self._slices(stepping)
         for i in stepping:
             part, grad = self._buffers.slice(i), self._gradients.slice(i)
             self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
-            reduce = self._reduce if recorded or chain_needs(self.cbs) == "norm" else None
-            self.opt.run(work, reduce, recorded=recorded, part=part_of_step)
+            if not recorded and chain_needs(self.cbs) != "norm":
+                self.opt.run(self._slices(stepping), part=part_of_step)
+                return
+            for sharers, some in self._spread.split(stepping).items():
+                engine, work = self._engine_for(sharers), self._slices(some)
+                reduce = self._reduce(sharers)
+                self.opt.run_tensors(work, reduce, recorded=recorded, engine=engine, part=part_of_step)
         finally:
-            for each in work:
-                for part in each.params:
-                    part.grad = None
+            for i in stepping:
+                self._buffers.slice(i).grad = None
+
+    def _engine_for(self, sharers: Sharers) -> Engine:
+        """The optimizer's own engine for the first parameters, one more for each further set of sharers."""
+        if sharers not in self._engines:
+            new = Engine(self.opt.runner.name, self.opt.master_weights) if self._engines else self.opt.runner
+            self._engines[sharers] = new
+        return self._engines[sharers]
 
     def _run_whole(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on the parameters that this rank owns."""
@@ -224,7 +245,7 @@ class ShardedOptimizer(AroundOptimizer):
             for i, p in zip(members, params, strict=True):
                 grad = self._gradients.slice(i)
                 before.append((p, p.grad))
-                self._give(p, torch.zeros_like(p) if grad is None else grad.view(p.shape))
+                self._give(p, torch.zeros_like(p) if grad is None else show(p, grad.view(part_of(p).shape)))
             work.append(self._work(group, members, params))
         try:
             if work:
@@ -240,7 +261,7 @@ class ShardedOptimizer(AroundOptimizer):
         """Make `grad` the gradient of `p`. More precise sums stay so where the chain steps on a master copy."""
         if grad.dtype == p.dtype:
             p.grad = grad
-        elif not self.opt.master_weights:
+        elif not self.opt.master_weights or is_spread(p):
             p.grad = grad.to(p.dtype)
         else:
             p.grad_dtype = None
@@ -284,20 +305,20 @@ class ShardedOptimizer(AroundOptimizer):
     def _work(self, group: int, members: list[int], tensors: list[Tensor]) -> GroupWork:
         return self.opt.group_work(group, tensors, [self.state[self._buffers.params[i]] for i in members])
 
-    @property
-    def _reduce(self) -> Reduce | None:
-        """Sums partial sums over the ranks; None where there is one."""
-        if self._ranks.alone:
+    def _reduce(self, sharers: Sharers) -> Reduce | None:
+        """Sums partial sums over the ranks, and over those that share parameters beside them; None if all is here."""
+        if self._ranks.alone and not sharers:
             return None
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
-        return lambda partial: self._ranks.sum(partial.to(device)).to(partial.device)
+        return lambda partial: self._spread.sum(self._ranks.sum(partial.to(device)), sharers).to(partial.device)
 
     def synchronize(self) -> None:
         """Wait until the parameters that the last step has moved are complete on this rank.
 
         Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
-        `model.load_state_dict()`, freezing and the next step. Call this before anything else reads a parameter, such as
-        a norm for the log, an average of the weights, or a function that is given `layer.weight`.
+        `model.load_state_dict()`, copying or pickling a module, `AveragedModel`, freezing and the next step. Call this
+        before anything else reads or writes a parameter, such as a norm for the log, or a function that is given
+        `layer.weight`; or pass `shard(..., overlap=False)`.
         """
         self._gathering.synchronize()
 
@@ -347,9 +368,18 @@ class ShardedOptimizer(AroundOptimizer):
         present = self._gradients.settle("clip_grad_norm_")
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         with self._lane.inside():
-            total = total_norm(self._gradients.held(present), float(norm_type), self._ranks, device).float()
+            parts = self._by_sharers(present, self._gradients.held(present))
+            total = total_norm(parts, float(norm_type), self._ranks, self._spread, device).float()
             self._gradients.scale(present, clip_factor(total, max_norm))
         return self._lane.bring(total)
+
+    def _by_sharers(self, present: Sequence[int], held: list[Tensor]) -> dict[Sharers, list[Tensor]]:
+        """This rank's gradients by the process groups that share them: all of `held`, where nobody does."""
+        if not self._spread.groups:
+            return {(): held}
+        split = self._spread.split(present)
+        slices = {sharers: [self._gradients.slice(i) for i in some] for sharers, some in split.items()}
+        return {sharers: [part for part in some if part is not None] for sharers, some in slices.items()}
 
     @torch.no_grad()
     def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
@@ -358,11 +388,14 @@ class ShardedOptimizer(AroundOptimizer):
             raise refused("GradScaler, which unscales gradients and skips steps,", "Train in bfloat16 without a scaler")
         active = self._gradients.settle("unscale_")
         with self._lane.inside():
-            if self.stage == 1:
-                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
-            else:
+            if self.stage == 2:
                 found = unscale(self._gradients.held(active), inv_scale, found_inf)
-            found = self._ranks.largest(found)
+            elif self._spread.groups:
+                grads = [grad for p in self._buffers.params if (grad := part_of_grad(p)) is not None]
+                found = unscale(grads, inv_scale, found_inf)
+            else:
+                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+            found = self._spread.largest(self._ranks.largest(found), self._spread.groups)
         return {found.device: self._lane.bring(found)}
 
     # ---- groups
@@ -397,6 +430,7 @@ class ShardedOptimizer(AroundOptimizer):
         first = len(self._buffers.buckets)
         self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
         self._buffers.extend(layout, params)
+        self._spread.extend(params)
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
@@ -439,6 +473,10 @@ class ShardedOptimizer(AroundOptimizer):
         """Which boxes of a state of `p` with global `shape` this rank holds."""
         return self.layout.boxes(self._index[id(p)], self.rank, tuple(shape))
 
+    def held_elsewhere(self, p: Tensor) -> bool:
+        """Whether an earlier rank holds the same part of the DTensor `p` of the model."""
+        return bool(self.rank or self._ranks.copy)
+
     def param_names(self) -> dict[Any, str]:
         """The model's fully-qualified names by parameter."""
         return {p: spec.name for spec, p in zip(self.layout.params, self._buffers.params, strict=True)}
@@ -474,13 +512,13 @@ class ShardedOptimizer(AroundOptimizer):
         shown: dict[Any, Mapping[str, Any]] = {}
         for i, p in enumerate(self._buffers.params):
             if self._consolidated is not None:
-                shown[p] = self._consolidated.get(i, {})
+                shown[p] = {key: show(p, value) for key, value in self._consolidated.get(i, {}).items()}
             elif p in self.state and (held := self._held(p)).owned:
                 shown[p] = {key: held.show(value) for key, value in self.state[p].items()}
         packed = pack(self.param_groups, shown)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = post_hook(self, packed) or packed
-        return NamedState(packed, [(spec.name, spec.shape, spec.dtype) for spec in self.layout.params])
+        return NamedState(packed, [(spec.name, spec.whole, spec.dtype) for spec in self.layout.params])
 
     @outside_compile
     def load_state_dict(self, state_dict: StateDict) -> None:

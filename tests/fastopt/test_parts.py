@@ -381,7 +381,7 @@ def test_master_weights_of_parts(ranks: Any) -> None:
 def not_for_shard(rank: int, world_size: int) -> None:
     model = Model(SHAPES)
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-    with pytest.raises(ValueError, match=r"'g0.0' is a DTensor: .* without shard\(\)"):
+    with pytest.raises(ValueError, match=r"'g0.0' is a DTensor over .* without shard\(\)"):
         shard(Adam(model.param_groups()), model)
 
 

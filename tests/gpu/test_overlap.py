@@ -135,6 +135,40 @@ def memory(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> tupl
     return between / resident, after / (resident + grads), passing / size
 
 
+def with_groups(rank: int, world_size: int, groups: int) -> tuple[int, int, list[Tensor]]:
+    """Bytes allocated and at most, from the end of a step on, before anything waits; and the parameters."""
+    group = on_gpus(rank)
+    gc.collect()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    model = stack(512, 64)
+    params = list(model.parameters())
+    cut = [params[i * 64 // groups : (i + 1) * 64 // groups] for i in range(groups)]
+    opt = shard(fastopt.Adam(cut, lr=1e-3), model, group=group, bucket_bytes=512 * 512 * 2 * 16, master_weights=True)
+    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
+    most = 0
+    for _ in range(3):
+        model(x).square().mean().backward()
+        torch.cuda.synchronize()
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        opt.step()
+        most = torch.cuda.max_memory_allocated() - before
+    after = torch.cuda.memory_allocated() - start
+    opt.synchronize()
+    return after, most, [p.detach().cpu() for p in params]
+
+
+def test_many_groups_need_no_more_memory_than_one(ranks: Any) -> None:
+    one, many = ranks(2).run(with_groups, 1)[0], ranks(2).run(with_groups, 64)[0]
+    assert many[0] == pytest.approx(one[0], rel=0.001)
+    assert many[1] <= one[1] + 2**20
+    assert all(map(torch.equal, one[2], many[2]))
+
+
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32], ids=["by NCCL", "in float32"])
 def test_memory_is_that_of_the_formula(ranks: Any, reduce_dtype: Any) -> None:
     for between, after, passing in ranks(2).run(memory, reduce_dtype, timeout=120):
