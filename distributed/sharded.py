@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,17 @@ class ShardedOptimizer(HoldsParts):
         if not self.overlap:
             self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def prepare_replay(self) -> NoReturn:
+        """Refuse: a sharded step is no sequence of kernels alone.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "a sharded step agrees with other ranks on the host, which no CUDA graph can capture: capture the forward "
+            "and the backward pass, or use fully_shard, whose optimizer needs no shard()"
+        )
 
     @property
     def _separable(self) -> bool:

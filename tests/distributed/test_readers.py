@@ -196,3 +196,10 @@ def test_one_process_needs_no_waiting(overlap: bool) -> None:
     net(data(0, 0)).sum().backward()
     opt.step()
     assert is_complete(net.parameters())
+
+
+def test_a_sharded_step_is_not_captured() -> None:
+    net = Net()
+    opt = shard(fastopt.SGD(net.parameters(), lr=0.1), net)
+    with pytest.raises(RuntimeError, match="no CUDA graph can capture"):
+        opt.prepare_replay()
