@@ -164,7 +164,7 @@ def with_groups(rank: int, world_size: int, groups: int) -> tuple[int, int, list
 
 def test_many_groups_need_no_more_memory_than_one(ranks: Any) -> None:
     one, many = ranks(2).run(with_groups, 1)[0], ranks(2).run(with_groups, 64)[0]
-    assert many[0] == pytest.approx(one[0], rel=0.001)
+    assert many[0] <= 1.001 * one[0]
     assert many[1] <= one[1] + 2**20
     assert all(map(torch.equal, one[2], many[2]))
 
