@@ -95,9 +95,9 @@ def passing(rank: int, world_size: int) -> tuple[int, int]:
     opt = shard(fastopt.Adam(model.parameters()), model, bucket_bytes=size)
     packed: list[weakref.ref[Tensor]] = []
     most = [0]
-    real = transport.GroupTransport.empty
+    real = transport.GroupTransport.passing
 
-    def empty(self: transport.GroupTransport, numel: int, like: Tensor) -> Tensor:
+    def sent(self: transport.GroupTransport, numel: int, like: Tensor) -> Tensor:
         in_flight = sum(t.nbytes for each in packed if (t := each()) is not None)
         made = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         most[0] = max(most[0], in_flight + made)
@@ -106,7 +106,7 @@ def passing(rank: int, world_size: int) -> tuple[int, int]:
         return buffer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport.GroupTransport, "empty", empty)
+        patch.setattr(transport.GroupTransport, "passing", sent)
         model(torch.ones(1, 32)).sum().backward()
     assert len(packed) == 4
     assert all(p.grad is None for p in model.parameters())
