@@ -53,13 +53,18 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def take_model(snapshot: Snapshot, model: nn.Module) -> None:
-    """Add the model's state dict: tied tensors once, with their further names beside."""
-    take_tensors(snapshot, unwrap(model).state_dict(keep_vars=True))
+def take_model(snapshot: Snapshot, model: nn.Module, opt: Any = None) -> None:
+    """Add the model's state dict: tied tensors once, with their further names beside.
+
+    An optimizer that spreads over other ranks than a DTensor's mesh knows which of them hold the same part.
+    """
+    take_tensors(snapshot, unwrap(model).state_dict(keep_vars=True), getattr(opt, "held_elsewhere", None))
 
 
-def take_tensors(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
-    """Add the entries of a model's state dict."""
+def take_tensors(
+    snapshot: Snapshot, state_dict: Mapping[str, Any], elsewhere: Callable[[Tensor], bool] | None = None
+) -> None:
+    """Add the entries of a model's state dict; DTensors of which `elsewhere` says so are written by other ranks."""
     tensors: dict[str, Json] = {}
     aliases: dict[str, str] = {}
     values: dict[str, Json] = {}
@@ -73,7 +78,10 @@ def take_tensors(snapshot: Snapshot, state_dict: Mapping[str, Any]) -> None:
             aliases[name] = first_name[id(value)]
         else:
             first_name[id(value)] = name
-            kind = _take_tensor(snapshot, model_key(name), value.detach(), f"model tensor {name!r}")
+            if sharded_tensor.is_one(value) and elsewhere is not None and elsewhere(value):
+                kind = "pieces"
+            else:
+                kind = _take_tensor(snapshot, model_key(name), value.detach(), f"model tensor {name!r}")
             if kind == "shared" and not isinstance(value, nn.Parameter):
                 kind = "first"  # running statistics differ between ranks: never a mixture
             tensors[name] = [kind, dtype_name(value.dtype, name), list(value.shape)]

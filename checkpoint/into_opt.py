@@ -126,11 +126,15 @@ class OptTarget:
             found.buffers = want.buffers
 
     def _boxes(self, param: Tensor, shape: Shape) -> list[Box]:
-        if _goes_along(param, shape):
+        if self._goes_along(param, shape):
             return [box_here(param, "a parameter")]
         if not shape:  # whoever does not hold a number drops it
             return [Box.whole(shape)]
         return boxes_of(self.opt, param, shape)
+
+    def _goes_along(self, param: Tensor, shape: Shape) -> bool:
+        """Whether a state of `shape` is laid out as its parameter, a DTensor: unless the optimizer knows better."""
+        return not hasattr(self.opt, "boxes") and sharded_tensor.is_one(param) and tuple(param.shape) == shape
 
     # ---- what to load
 
@@ -163,7 +167,7 @@ class OptTarget:
 
     def _value(self, found: _Found) -> Any:
         param, shape = self.params[found.number], self.manifest.tensors[found.stored].shape
-        if _goes_along(param, shape):
+        if self._goes_along(param, shape):
             return sharded_tensor.like(param, found.buffers[0])
         if found.boxes == [Box.whole(shape)]:
             return found.buffers[0]
@@ -237,11 +241,6 @@ def _views(flat: Tensor, boxes: Sequence[Box]) -> list[Tensor]:
         views.append(flat[at : at + box.numel].view(box.shape))
         at += math.prod(box.shape)
     return views
-
-
-def _goes_along(param: Tensor, shape: Shape) -> bool:
-    """Whether a state of `shape` is laid out as its parameter, a DTensor."""
-    return sharded_tensor.is_one(param) and tuple(param.shape) == shape
 
 
 def has_positions(manifest: Manifest) -> bool:

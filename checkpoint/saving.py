@@ -196,7 +196,7 @@ class Save:
             if holder is not None:
                 self.values[what] = encode(holder.state_dict(), what)
         if parts.model is not None:
-            gather.take_model(self.snapshot, parts.model)
+            gather.take_model(self.snapshot, parts.model, parts.opt)
         if parts.opt is not None:
             gather.take_optimizer(self.snapshot, parts.opt, parts.model)
         if parts.state_dict is not None:

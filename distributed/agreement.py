@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import marshal
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from torch import Tensor
 
 from ..base import _BaseOptimizer
+from ..state import Entry, ParamState
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import BOTH_WAYS, agree, both_ways, digest, disagree, equal_everywhere
 from .header import PLACES, Place, Verdict, encode
 
 Hypers = list[list[tuple[str, Any]]]
+
+_MEMBERS = ("params", "param_names")
+
+LATE = 100
+"""Steps for which a message compares hypers, after one whose hypers were set between backward and step."""
 
 
 class Agreement:
@@ -23,17 +30,41 @@ class Agreement:
     Attributes:
         steps: how many steps have been made.
         active: the parameters that step if they have a gradient, as the ranks have last agreed.
+        late: in how many more steps a message compares what they use; the same on all ranks.
     """
 
     def __init__(self, opt: _BaseOptimizer, ranks: Ranks, buffers: Buffers) -> None:
         self._opt, self._ranks, self._buffers = opt, ranks, buffers
+        self._stepping: tuple[Any, frozenset[int]] | None = None
+        self._counted: tuple[ParamState, int, object] | None = None
+        self._counts = False
+        self._spared: tuple[Any, list[int]] | None = None
         self.steps = 0
         self.active = self.stepping()
+        self.late = 0
         self._told: bytes | None = None
         self._unchecked: tuple[int, Hypers] | None = None
+        self._used: tuple[int, list[list[Any]]] | None = None
 
     def stepping(self) -> frozenset[int]:
         """The parameters that step now if they have a gradient, by their index in the layout."""
+        key = [group.get("frozen") for group in self._opt.param_groups], len(self._buffers.params), self._marks
+        if self._stepping is None or self._stepping[0] != key:
+            self._stepping = key, self._find_stepping()
+        return self._stepping[1]
+
+    @property
+    def _marks(self) -> object:
+        """The same object as before unless a mark may have changed: states count what is written to them."""
+        state = self._opt.state
+        if not isinstance(state, ParamState):
+            return object()
+        if self._counted is None or self._counted[0] is not state or self._counted[1] != state.changes:
+            self._counts = all(type(entry) is Entry for entry in state.values())
+            self._counted = state, state.changes, object()
+        return self._counted[2] if self._counts else object()
+
+    def _find_stepping(self) -> frozenset[int]:
         params = self._buffers.params
         frozen = [self._opt.is_frozen(i) for i in range(len(self._opt.param_groups))]
         return frozenset(
@@ -58,19 +89,26 @@ class Agreement:
         self._told = self._hypers_digest()
         active = self.stepping() if changed else self.active
         problem = problem or self.misuse()
-        return encode(place, changed, problem is not None, digest((self.steps, sorted(active))), self._told)
+        activity, late = digest((self.steps, sorted(active))), self._unchecked is not None
+        return encode(place, changed, problem is not None, activity, self._told, late)
 
     def accept(self, verdict: Verdict) -> None:
         """Note that the headers of all ranks were alike."""
         if verdict.same_hypers:
             self._unchecked = None
+        if verdict.late:
+            self.late = LATE
 
     def stepped(self) -> None:
         """Note a step. Hypers that have changed since they were told are told once more, in the next round."""
-        if not self._ranks.alone and self._told is not None and self._hypers_digest() != self._told:
-            self._unchecked = self.steps, self._hypers()
+        if not self._ranks.alone:
+            stored = self._stored()
+            if self._told is not None and self._hypers_digest(stored) != self._told:
+                self._unchecked = self.steps, self._hypers()
+            self._used = self.steps, stored
         self._told = None
         self.steps += 1
+        self.late = max(0, self.late - 1)
 
     # ---- with a message of its own
 
@@ -104,10 +142,13 @@ class Agreement:
         facts = (problem, self.steps, sorted(active), self._undecayed())
         at = [place == each for each in PLACES]
         hypers = (self._hypers(), self._unchecked)
-        told = [*at, waiting, cleared, *has, *both_ways(hypers)]
+        changed = self._told is not None and self._hypers_digest() != self._told
+        late = LATE if changed or self._unchecked is not None else self.late
+        told = [*at, waiting, cleared, late, *has, *both_ways(hypers)]
         heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
         n = len(PLACES)
         in_round, *elsewhere, any_waiting, any_cleared = map(bool, heard[: n + 2])
+        self.late = heard[n + 2]
         alike = equal_everywhere(heard[-BOTH_WAYS:])
         if sum(elsewhere) > 1 or not (alike or in_round):
             self.disagree(place, problem)
@@ -116,12 +157,12 @@ class Agreement:
         self.active = active
         if alike:
             self._unchecked, self._told = None, self._hypers_digest()
-        return in_round, any_waiting, any_cleared, [bool(each) for each in heard[n + 2 : n + 2 + len(has)]]
+        return in_round, any_waiting, any_cleared, [bool(each) for each in heard[n + 3 : n + 3 + len(has)]]
 
     def disagree(self, place: Place, problem: str | None) -> NoReturn:
         """Raise what differs. Collective: all ranks have seen that something does."""
         report = self.report(place, problem or self.misuse())
-        self._unchecked = None
+        self._unchecked = self._used = None
         disagree(self._ranks, report)
 
     def report(self, place: Place, problem: str | None) -> dict[str, Any]:
@@ -132,10 +173,8 @@ class Agreement:
         for i, values in enumerate(self._hypers()):
             told[f"group {i}"] = "frozen" if self._opt.is_frozen(i) else "not frozen"
             told.update({f"hyper {name!r} of group {i}": value for name, value in values})
-        if self._unchecked is not None:
-            step, past = self._unchecked
-            for i, values in enumerate(past):
-                told.update({f"hyper {name!r} of group {i} in step {step}": value for name, value in values})
+        for step, i, name, value in self._used_hypers():
+            told[f"hyper {name!r} of group {i} in step {step}"] = value
         undecayed = set(self._undecayed())
         for i, spec in enumerate(self._buffers.layout.params):
             told[f"whether {spec.name!r} steps"] = i in active
@@ -147,10 +186,7 @@ class Agreement:
     def _hypers(self) -> Hypers:
         """The hypers of all groups as they are compared and shown."""
         return [
-            [
-                (name, value.tolist() if isinstance(value, Tensor) else value)
-                for name, value in sorted(self._opt.hypers_of(i).items())
-            ]
+            [(name, _shown(value)) for name, value in sorted(self._opt.hypers_of(i).items())]
             for i in range(len(self._opt.param_groups))
         ]
 
@@ -162,15 +198,25 @@ class Agreement:
             told.update({f"hyper {name!r} of group {i}": value for name, value in values})
         return told
 
-    def _hypers_digest(self) -> bytes:
+    def _used_hypers(self) -> Iterator[tuple[int, int, str, Any]]:
+        """The hypers that the last step has used: its number, group, name and value."""
+        step, stored = self._used or (0, [])
+        for i, (group, values) in enumerate(zip(self._opt.param_groups, stored, strict=False)):
+            names = [name for name in group if name not in _MEMBERS]
+            if len(names) == len(values):
+                hypers = self._opt._names.hypers(dict(zip(names, values, strict=True)))
+                yield from ((step, i, name, _shown(value)) for name, value in sorted(hypers.items()))
+
+    def _stored(self) -> list[list[Any]]:
+        """What the groups store beside their parameters."""
+        return [[value for name, value in group.items() if name not in _MEMBERS] for group in self._opt.param_groups]
+
+    def _hypers_digest(self, stored: list[list[Any]] | None = None) -> bytes:
         """A digest of hypers and of marks that act like them, and of those that are still to be checked.
 
         Made in every step, so it is of the groups as they are stored: of anything in them but the parameters.
         """
-        stored = [
-            [value for name, value in group.items() if name not in ("params", "param_names")]
-            for group in self._opt.param_groups
-        ]
+        stored = self._stored() if stored is None else stored
         try:
             return digest(marshal.dumps((stored, self._undecayed(), self._unchecked), 2))
         except ValueError:  # tensors, or values of a type of their own
@@ -178,6 +224,12 @@ class Agreement:
 
     def _undecayed(self) -> list[int]:
         """The parameters that are marked `do_wd=False`."""
+        key = self._marks, len(self._buffers.params)
+        if self._spared is None or self._spared[0] != key:
+            self._spared = key, self._find_undecayed()
+        return self._spared[1]
+
+    def _find_undecayed(self) -> list[int]:
         state = self._opt.state
         params = self._buffers.params
         return [i for i, p in enumerate(params) if p in state and not state[p].get("do_wd", True)]
@@ -196,3 +248,7 @@ class Agreement:
         if sizes != known:
             return f"the groups had {known} parameters when they were sharded and have {sizes}: use add_param_group"
         return None
+
+
+def _shown(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from ..parts import part_of
 from .header import EXTRA
 from .layout import Bucket, Layout
 from .transport import GroupTransport, Transport
@@ -35,8 +36,9 @@ class FlatBucket:
 class Buffers:
     """All buckets of a layout with their memory, on one rank.
 
-    Making it moves `params` (in the layout's order) into the buffers: each keeps its identity and its value, and
-    becomes a contiguous view. A collective on the buffer then reads and writes the parameters in place.
+    Making it moves `params` (in the layout's order; of DTensors this rank's part) into the buffers: each keeps its
+    identity and its value, and becomes a contiguous view. A collective on the buffer then reads and writes the
+    parameters in place.
     """
 
     def __init__(self, layout: Layout, rank: int, params: Sequence[Tensor], transport: Transport | None = None) -> None:
@@ -63,12 +65,13 @@ class Buffers:
     def _make(self, bucket: Bucket) -> FlatBucket:
         """The buffer of `bucket`, with its parameters moved in."""
         members = [self.params[entry.param] for entry in bucket.entries]
-        flat = self._transport.empty(bucket.numel, members[0].detach()).zero_()
+        flat = self._transport.empty(bucket.numel, part_of(members[0]).detach()).zero_()
         for entry, p in zip(bucket.entries, members, strict=True):
             home = flat[entry.start : entry.stop]
-            home.copy_(p.detach().reshape(-1))
-            p.data = home.view(p.shape)
-            self._homes[entry.param] = p.data_ptr()
+            part = part_of(p)
+            home.copy_(part.detach().reshape(-1))
+            part.data = home.view(part.shape)
+            self._homes[entry.param] = part.data_ptr()
             start, stop = bucket.interval(entry, self.rank)
             self._slices[entry.param] = home[start:stop]
         names = [self.layout.params[bucket.entries[i].param].name for i in (0, -1)]
@@ -119,14 +122,15 @@ class Buffers:
         return [
             self.layout.params[i].name
             for i, home in self._homes.items()
-            if self.params[i].data_ptr() != home and self.params[i].numel()
+            if (part := part_of(self.params[i])).data_ptr() != home and part.numel()
         ]
 
 
 def shared_memory(named: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:
     """The names of two different tensors that use the same memory, None if there are none."""
     extents = []
-    for name, p in named:
+    for name, whole in named:
+        p = part_of(whole)
         if p.numel():
             reach = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True)) + 1
             start = p.data_ptr()

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from .across import ThenAcross
-from .packing import own_part, unpack
+from .packing import own_part, own_spans, unpack
 from .transport import GroupTransport, Transport, Work
 from .watch import Watch
 from .wire import Wire
@@ -287,16 +287,17 @@ class Ranks:
         """
         if self.world_size == 1 or not wire.numel:
             return Pending()
-        mine = own_part(wire, flat, self.rank)
-        received = flat.new_empty(wire.numel) if wire.flat is None else flat[slice(*wire.flat)]
-        then = partial(unpack, wire, received, flat) if wire.flat is None else None
         self.watch.began(label)
+        waiting = partial(self.watch.waiting, label)
         if wire.even:
-            work = self.transport.all_gather(received, mine)
-        else:
-            sizes = [mine.numel()] * self.world_size
-            work = self.transport.all_to_all(received, mine.repeat(self.world_size), wire.sizes, sizes)
-        return Pending(work, then, partial(self.watch.waiting, label))
+            spans = [flat[start:stop] for start, stop in wire.spans or ()]
+            return Pending(self.transport.all_gather(spans, own_spans(wire, flat, self.rank)), waiting=waiting)
+        mine = own_part(wire, flat, self.rank)
+        received = flat.new_empty(wire.numel) if wire.spans is None else flat
+        then = partial(unpack, wire, received, flat) if wire.spans is None else None
+        sizes = [mine.numel()] * self.world_size
+        work = self.transport.all_to_all(received, mine.repeat(self.world_size), wire.sizes, sizes)
+        return Pending(work, then, waiting)
 
     def largest_bytes(self, message: Tensor) -> Tensor:
         """The byte-wise maximum over the ranks of a uint8 CPU tensor, in place (the control message of a step)."""

@@ -14,7 +14,8 @@ of what is active now and of the hypers.
     others in a backward pass, all of them exchange a *message* of its own before whatever they do next, until all are
     at the same place: a rank may have made no backward pass where others have made several.
   - Hypers that differ are a matter of the step, and raise there. Those that were changed between the round and the step
-    are told with the next round, and raise at the next step.
+    are told with the next round, and raise at the next step, which names the one before. From then on all ranks know
+    that hypers are set late, and each step begins with a message, until there have been `LATE` steps without.
 
 In stage 1 there is no reduction that could carry this: each step, and each clipping, exchanges one message. A message
 is the digest of what must be equal, and a byte per thing to be told (which gradients there are, say). Only if the

@@ -11,8 +11,9 @@ A hook inside of `torch.compile` leaves nothing in the graph, but notes while it
 by itself: the nearest module around it that is called eagerly does. Outside of training (`model.eval()`) modules may
 take other ways through their parameters, so that the first one called waits for everything.
 
-Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_state_dict`, freezing, the next step) calls
-`synchronize` first.
+Whoever reads or writes parameters otherwise (`model.state_dict()` and `load_state_dict`, copying and pickling a module,
+freezing, the next step) calls `synchronize` first. Code that takes the tensors themselves does so by itself, or there
+is no overlap: nothing tells of a kernel that reads a tensor.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
-from torch.autograd.profiler import record_function
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
+from .label import label
 from .wire import Wire
 
 _numbers = itertools.count()
@@ -60,6 +61,8 @@ class Gathering:
         self.watch()
         if not ranks.alone:
             for k, module in enumerate(self._modules):
+                # What is copied and pickled comes in this order: the hook, which waits, and then the parameters.
+                module.__dict__["_parameters"] = module.__dict__.pop("_parameters")
                 module.register_forward_pre_hook(_Before(self, k))
                 module.register_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
                 module.register_load_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
@@ -75,7 +78,7 @@ class Gathering:
     def begin(self, wire: Wire) -> None:
         """Begin to bring a bucket from its owners to all ranks. Collective."""
         flat = self._buffers.buckets[wire.bucket.index]
-        with record_function(f"fastopt gather {flat.label}"):
+        with label(f"fastopt gather {flat.label}"):
             self._pending[wire.bucket.index] = self._ranks.gather(wire, flat.flat, f"gather {flat.label}")
 
     def begun(self) -> None:
@@ -105,7 +108,7 @@ class Gathering:
 
     def _wait(self, buckets: frozenset[int]) -> None:
         for index in sorted(buckets & self._pending.keys()):
-            with record_function(f"fastopt wait for {self._buffers.buckets[index].label}"):
+            with label(f"fastopt wait for {self._buffers.buckets[index].label}"):
                 self._pending.pop(index).wait()
 
     def plan(self) -> None:
@@ -147,8 +150,16 @@ def _note_trace(number: int, k: int) -> int:
     return k
 
 
+def synchronize_model(model: nn.Module) -> None:
+    """Wait for every parameter of `model`, which may wrap one that has been sharded or have parts of one."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _Before) and hook.gathering is not None:
+                hook.gathering.synchronize()
+
+
 class _Before:
-    """The hook before the forward of a module. A copy of the model does not copy what it serves."""
+    """The hook before the forward of a module. A copy of the model waits, and does not copy what it serves."""
 
     def __init__(self, gathering: Gathering | None, k: int) -> None:
         self.gathering, self.k = gathering, k
@@ -164,6 +175,8 @@ class _Before:
         self.gathering.before(self.k, module)
 
     def __reduce__(self) -> tuple[Callable[..., _Before], tuple[None, int]]:
+        if self.gathering is not None:
+            self.gathering.synchronize()
         return _Before, (None, self.k)
 
 

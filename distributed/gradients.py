@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..parts import part_of_grad
 from .agreement import Agreement
 from .buckets import Buffers
 from .collectives import Ranks
@@ -70,7 +71,7 @@ class LocalGradients:
 
     def slice(self, param: int) -> Tensor | None:
         """This rank's elements of `p.grad`."""
-        grad = self._buffers.params[param].grad
+        grad = part_of_grad(self._buffers.params[param])
         return None if grad is None else self._buffers.cut(param, grad)
 
     def held(self, params: Iterable[int]) -> list[Tensor]:

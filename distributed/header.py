@@ -19,7 +19,8 @@ PLACES: tuple[Place, ...] = get_args(Place)
 BITS = 32
 """Of each digest."""
 
-EXTRA = len(PLACES) + 3 + 2 * 2 * BITS
+FLAGS = 4
+EXTRA = len(PLACES) + FLAGS + 2 * 2 * BITS
 """Numbers of the first header of a round beside the flags."""
 
 
@@ -31,6 +32,7 @@ class Verdict:
         places: where there are ranks.
         changed, unchanged: whether there are ranks whose activity is another one, or the same, as last agreed on.
         problem: whether any rank has one.
+        late: whether any rank has stepped with hypers that were set after the header of their round had told others.
         same_activity, same_hypers: whether all ranks sent the same digest.
     """
 
@@ -38,14 +40,15 @@ class Verdict:
     changed: bool
     unchanged: bool
     problem: bool
+    late: bool
     same_activity: bool
     same_hypers: bool
 
 
-def encode(place: Place, changed: bool, problem: bool, activity: bytes, hypers: bytes) -> list[int]:
+def encode(place: Place, changed: bool, problem: bool, activity: bytes, hypers: bytes, late: bool = False) -> list[int]:
     """The `EXTRA` numbers that a rank sends; digests have at least `BITS` bits, the first of which are sent."""
     at = [int(place == each) for each in PLACES]
-    return [*at, int(changed), int(not changed), int(problem), *_bits(activity), *_bits(hypers)]
+    return [*at, int(changed), int(not changed), int(problem), int(late), *_bits(activity), *_bits(hypers)]
 
 
 def decode(sums: Sequence[float]) -> Verdict:
@@ -57,8 +60,9 @@ def decode(sums: Sequence[float]) -> Verdict:
         changed=told[n],
         unchanged=told[n + 1],
         problem=told[n + 2],
-        same_activity=_agreed(told[n + 3 : n + 3 + 2 * BITS]),
-        same_hypers=_agreed(told[n + 3 + 2 * BITS : n + 3 + 4 * BITS]),
+        late=told[n + 3],
+        same_activity=_agreed(told[n + FLAGS :][: 2 * BITS]),
+        same_hypers=_agreed(told[n + FLAGS + 2 * BITS :][: 2 * BITS]),
     )
 
 

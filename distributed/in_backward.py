@@ -12,7 +12,7 @@ learning rate, gradients of another synchronised pass. Each is refused. Passes u
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .agreement import Agreement
@@ -22,7 +22,10 @@ from .lane import Lane
 from .wire import Wire, wire_of
 
 LAG = 3
-"""How many buckets are launched before the first one steps."""
+"""How many buckets are launched at least before the first one steps."""
+
+STEPS = 4
+"""In about how many steps of several buckets: each costs the host a fraction of a millisecond."""
 
 ALREADY = (
     "the step has been made in backward (shard(..., step_in_backward=True)), and more gradients have come before "
@@ -51,6 +54,7 @@ class InBackward:
         self._lane, self._buffers, self._gathering, self._agreement = lane, buffers, gathering, agreement
         self._run, self._beside = run, beside
         self._with: dict[str, Any] | None = None
+        self._wires: dict[int, tuple[tuple[int, ...], Wire]] = {}
         self.stepped = False
 
     def opened(self) -> str | None:
@@ -62,26 +66,36 @@ class InBackward:
         self._with = self._agreement.settings()
         return None
 
-    def step(self, bucket: int, params: Sequence[int]) -> Wire | None:
-        """Step `params`, all that step of `bucket`; what is then to be gathered."""
-        self.stepped = True
+    def step(self, present: Mapping[int, Sequence[int]]) -> list[Wire]:
+        """Step the parameters of some buckets, by their number; what is then to be gathered."""
+        params = [i for members in present.values() for i in members]
         if not params:
-            return None
+            return []
+        self.stepped = True
+        part = min(present)
         if self._lane and self._beside():
             with self._lane.inside():
-                self._run(params, bucket)
+                self._run(params, part)
             self._lane.stepped = True
         else:
             self._lane.join()
-            self._run(params, bucket)
-        return wire_of(self._buffers.buckets[bucket].bucket, frozenset(params))
+            self._run(params, part)
+        return [self._wire(index, tuple(members)) for index, members in present.items() if members]
 
-    def gather(self, wires: Sequence[Wire | None]) -> None:
+    def _wire(self, bucket: int, params: tuple[int, ...]) -> Wire:
+        """The wire that brings `params` of a bucket to all ranks; the last one of each bucket is kept."""
+        known = self._wires.get(bucket)
+        if known is None or known[0] != params:
+            wire = wire_of(self._buffers.buckets[bucket].bucket, frozenset(params))
+            assert wire is not None
+            known = self._wires[bucket] = params, wire
+        return known[1]
+
+    def gather(self, wires: Sequence[Wire]) -> None:
         """Begin to bring buckets that have stepped to all ranks. Collective."""
         with self._lane.inside():
             for wire in wires:
-                if wire is not None:
-                    self._gathering.begin(wire)
+                self._gathering.begin(wire)
 
     def check(self) -> None:
         """Raise if what the step was made with is something else by now."""

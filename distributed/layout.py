@@ -34,6 +34,7 @@ from typing import Literal
 import torch
 
 from ..pieces import Box, Shape, interval_boxes
+from .spread import PartOf
 
 ALIGN_BYTES = 16
 """Parameters and regions start at multiples of this many bytes (what vector loads and tensor cores ask for)."""
@@ -64,6 +65,7 @@ class ParamSpec:
         forced: whether it trains in a frozen group too.
         cost: what a step on all of it costs, in any unit, to balance the owners of a `whole` layout; by default its
             number of elements.
+        part: where it belongs if it is a part of a tensor that a tensor parallel plan has spread.
     """
 
     name: str
@@ -74,16 +76,32 @@ class ParamSpec:
     place: int = 0
     forced: bool = False
     cost: float | None = None
+    part: PartOf | None = None
 
     @property
     def load(self) -> float:
         """What it counts for the balance of owners."""
-        return self.numel if self.cost is None else self.cost
+        return self.room if self.cost is None else self.cost
 
     @property
     def numel(self) -> int:
         """Number of elements (1 for shape `()`)."""
         return math.prod(self.shape)
+
+    @property
+    def room(self) -> int:
+        """Elements that are set aside for it."""
+        return self.numel if self.part is None else self.part.room
+
+    @property
+    def whole(self) -> Shape:
+        """Shape of the tensor in the model, of which this may be a part."""
+        return self.shape if self.part is None else self.part.shape
+
+    @property
+    def box(self) -> Box:
+        """What this is of the tensor in the model."""
+        return Box.whole(self.shape) if self.part is None else self.part.box
 
 
 @dataclass(frozen=True)
@@ -273,18 +291,20 @@ class Layout:
         return owner
 
     def boxes(self, param: int, rank: int, shape: Shape | None = None) -> list[Box]:
-        """The boxes that `rank` holds of a state tensor of `shape` (by default the parameter's) of parameter `param`.
+        """The boxes that `rank` holds of a state tensor of `shape` (by default the whole's) of parameter `param`.
 
         A state that is shaped like its parameter is held as the parameter is; any other (a 0-d count) is held whole:
         by every rank of an `even` layout, by the owner of a `whole` one.
         """
-        own = self.params[param].shape
-        shape = own if shape is None else tuple(shape)
-        if self.kind == "whole":
-            return [Box.whole(shape)] if self.owner(param) == rank else []
-        if shape != own:
+        spec = self.params[param]
+        shape = spec.whole if shape is None else tuple(shape)
+        if self.kind == "whole" and self.owner(param) != rank:
+            return []
+        if shape != spec.whole:
             return [Box.whole(shape)]
-        return interval_boxes(shape, *self.interval(param, rank))
+        if self.kind == "whole":
+            return [spec.box]
+        return [box.inside(spec.box) for box in interval_boxes(spec.shape, *self.interval(param, rank))]
 
     def elements(self, rank: int) -> int:
         """How many elements of parameters `rank` owns (padding not counted)."""
@@ -351,14 +371,14 @@ def default_bucket_bytes(params: Iterable[ParamSpec]) -> int:
 def _chunks(params: Sequence[ParamSpec], indices: Sequence[int], bucket_bytes: int, first: bool) -> list[list[int]]:
     """The members of each bucket: parameters of one dtype and device up to `bucket_bytes`, in the order of the model.
 
-    A bucket that one group has filled by half ends with the group: a bucket of one group is gathered in place.
+    A bucket that one group has filled by half ends with the group, so that few buckets have several segments.
     """
     chunks: list[list[int]] = []
     filling: dict[tuple[torch.dtype, str], tuple[list[int], int]] = {}
     for i in sorted(indices, key=lambda i: (params[i].place, i)):
         spec = params[i]
         key = (spec.dtype, spec.device)
-        size = aligned(spec.numel, spec.dtype) * spec.dtype.itemsize
+        size = aligned(spec.room, spec.dtype) * spec.dtype.itemsize
         members, filled = filling.get(key, ([], 0))
         room = min(bucket_bytes, FIRST_BYTES) if first and members and members is chunks[0] else bucket_bytes
         groups = {params[j].group for j in members}
@@ -411,5 +431,5 @@ def _place(
     entries = []
     for i in members:
         entries.append(Entry(i, at, at + params[i].numel, owner))
-        at = aligned(at + params[i].numel, params[i].dtype)
+        at = aligned(at + params[i].room, params[i].dtype)
     return entries, at

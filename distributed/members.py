@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..base import _BaseOptimizer
 from ..optimizer import Optimizer
-from ..parts import is_spread
+from ..parts import is_spread, part_of
 from .buckets import shared_memory
 from .collectives import Ranks
 from .layout import ParamSpec
+from .spread import meshes_of, part_in_whole, why_not
 
 # What wrappers put before the names of a model's parameters.
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -36,6 +37,7 @@ Cost = Callable[[Tensor], float]
 def specs_of(opt: _BaseOptimizer, model: nn.Module, ranks: Ranks, cost: Cost | None = None) -> list[ParamSpec]:
     """What the layout needs of every parameter of `opt`; a ValueError names those that cannot be sharded."""
     names = model_names(model)
+    meshes = meshes_of(model.parameters())
     places = {key: place for place, key in enumerate(names)}
     specs, named = [], []
     for i, group in enumerate(opt.param_groups):
@@ -50,10 +52,11 @@ def specs_of(opt: _BaseOptimizer, model: nn.Module, ranks: Ranks, cost: Cost | N
             name = names[id(p)]
             _check_param(name, p, ranks)
             forced = bool(opt.state.get(p, {}).get("force_train", False))
-            known = (name, tuple(p.shape), p.dtype, i, str(p.device), places[id(p)], forced)
-            specs.append(ParamSpec(*known, cost=_cost(name, p, cost)))
+            known = (name, tuple(part_of(p).shape), p.dtype, i, str(p.device), places[id(p)], forced)
+            specs.append(ParamSpec(*known, cost=_cost(name, p, cost), part=part_in_whole(p, meshes)))
             named.append((name, p))
-    others = [(names[id(p)], p) for p in model.parameters() if all(p is not q for _, q in named)]
+    known_ids = {id(p) for _, p in named}
+    others = [(names[id(p)], p) for p in model.parameters() if id(p) not in known_ids]
     shared = shared_memory([(name, p) for name, p in named + others if p.device.type != "meta"])
     if shared:
         raise ValueError(
@@ -75,11 +78,8 @@ def _check_param(name: str, p: Tensor, ranks: Ranks) -> None:
     """Refuse a parameter that has no flat memory to be cut or that the process group cannot move."""
     if p.device.type == "meta":
         raise ValueError(f"{name!r} is on the meta device: materialise the model before sharding")
-    if is_spread(p):
-        raise ValueError(
-            f"{name!r} is a DTensor: an optimizer of fastopt takes it as it is, without shard(). To spread a tensor "
-            f"parallel model over data parallel ranks too, call fully_shard(model, mesh=mesh['dp'])"
-        )
+    if is_spread(p) and (why := why_not(p, ranks.group)):
+        raise ValueError(f"{name!r} {why}")
     if p.layout != torch.strided:
         raise ValueError(f"{name!r} is a {type(p).__name__} of layout {p.layout}: shard() takes plain dense parameters")
     if p.is_complex():
@@ -97,7 +97,7 @@ def about_groups(opt: Optimizer, specs: Sequence[ParamSpec]) -> dict[str, Any]:
         device = spec.device.partition(":")[0]
         more = ", force_train" if spec.forced else ""
         more += "" if spec.cost is None else f", cost {spec.cost}"
-        report[f"params[{j}] of group {spec.group}"] = f"{spec.name!r} {spec.shape} {spec.dtype} on {device}{more}"
+        report[f"params[{j}] of group {spec.group}"] = f"{spec.name!r} {spec.whole} {spec.dtype} on {device}{more}"
     report["order in the model"] = ", ".join(spec.name for spec in sorted(specs, key=lambda spec: spec.place))
     for i, group in enumerate(opt.param_groups):
         report[f"group {i}"] = f"{len(group['params'])} parameters{', frozen' if opt.is_frozen(i) else ''}"

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..parts import Sharers
 from .collectives import Ranks
+from .spread import Spread
 
 ROW = 1024
 """Elements whose squares are summed in float32 on GPUs."""
 
 
-def total_norm(slices: Iterable[Tensor], norm_type: float, ranks: Ranks, device: torch.device) -> Tensor:
-    """The `norm_type` norm of all ranks' `slices` together, a 0-d float64 tensor. One collective of one number.
+def total_norm(
+    slices: Mapping[Sharers, Iterable[Tensor]], norm_type: float, ranks: Ranks, spread: Spread, device: torch.device
+) -> Tensor:
+    """The `norm_type` norm of all ranks' `slices` together, a 0-d float64 tensor.
 
+    One collective of a number for each set of sharers, and one more for each dimension of a tensor parallel mesh.
     Sums run in float64, so that it does not matter where the slices are cut.
     """
+    inf = norm_type == float("inf")
+    local = [_partial(some, norm_type, device) for some in slices.values()]
+    partial = torch.stack(local) if local else torch.zeros(1, dtype=torch.float64, device=device)
+    over_ranks = ranks.largest(partial) if inf else ranks.sum(partial)
+    totals = list(over_ranks.unbind())
+    for i, sharers in enumerate(slices):
+        if sharers:
+            own = totals[i].clone()
+            totals[i] = spread.largest(own, sharers) if inf else spread.sum(own, sharers)
+    together = torch.stack(totals)
+    return together.amax() if inf else together.sum().pow(1 / norm_type)
+
+
+def _partial(slices: Iterable[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The sum of powers of all elements, or the largest of them, 0-d."""
     norms = [_norm(part, norm_type).to(device) for part in slices if part.numel()]
     local = torch.stack(norms) if norms else torch.zeros(1, dtype=torch.float64, device=device)
-    if norm_type == float("inf"):
-        return ranks.largest(local.max())
-    return ranks.sum(local.pow(norm_type).sum()).pow(1 / norm_type)
+    return local.amax() if norm_type == float("inf") else local.pow(norm_type).sum()
 
 
 def _norm(part: Tensor, norm_type: float) -> Tensor:

@@ -15,22 +15,20 @@ def pack(wire: Wire, buffer: Tensor, sources: Mapping[int, Tensor], header: Tens
 
     One multi-tensor copy. `header` `[wire.header]` goes to the end of every part.
     """
-    chunks = iter(buffer.split_with_sizes(list(wire.splits)))
+    chunks = buffer.split_with_sizes(wire.splits)
     into: list[Tensor] = []
     out_of: list[Tensor] = []
-    empty: list[Tensor] = []
-    for part in wire.parts:
-        for run in part:
-            chunk = next(chunks)
-            source = sources.get(run.param) if run.param is not None else None
-            if source is None:
-                empty.append(chunk)
-            else:
-                into.append(chunk)
-                out_of.append(source if run.count == source.numel() else source[run.start : run.start + run.count])
-        if wire.header:
-            into.append(next(chunks))
-            out_of.append(header)
+    empty = [chunks[at] for at in wire.gaps]
+    for at, param, start, stop in wire.moves:
+        source = sources.get(param)
+        if source is None:
+            empty.append(chunks[at])
+        else:
+            into.append(chunks[at])
+            out_of.append(source[start:stop] if stop else source)
+    for at in wire.headers:
+        into.append(chunks[at])
+        out_of.append(header)
     if empty:
         torch._foreach_zero_(empty)
     if into:
@@ -43,7 +41,7 @@ def unpack(wire: Wire, received: Tensor, flat: Tensor) -> None:
     into: list[Tensor] = []
     out_of: list[Tensor] = []
     runs = (run for part in wire.parts for run in part)
-    for run, chunk in zip(runs, received.split_with_sizes(list(wire.splits)), strict=True):
+    for run, chunk in zip(runs, received.split_with_sizes(wire.splits), strict=True):
         if run.param is not None and run.count:
             at = starts[run.param] + run.start
             into.append(flat[at : at + run.count])
@@ -52,11 +50,18 @@ def unpack(wire: Wire, received: Tensor, flat: Tensor) -> None:
         torch._foreach_copy_(into, out_of, non_blocking=True)
 
 
+def own_spans(wire: Wire, flat: Tensor, rank: int) -> list[Tensor]:
+    """What `rank` owns of each span of a wire whose parts are equally long: views of `flat`."""
+    world_size = wire.bucket.world_size
+    shares = [(start, (stop - start) // world_size) for start, stop in wire.spans or ()]
+    return [flat[start + rank * share : start + (rank + 1) * share] for start, share in shares]
+
+
 def own_part(wire: Wire, flat: Tensor, rank: int) -> Tensor:
-    """The part of `rank` of the parameters in `flat`, in one piece (a view where it is one there)."""
+    """The part of `rank` of the parameters in `flat`, in one piece (a view where all of a `whole` bucket is sent)."""
     starts = {entry.param: entry.start for entry in wire.bucket.entries}
-    if wire.flat is not None:
-        at = wire.flat[0] + sum(wire.payloads[:rank])
+    if wire.spans is not None and not wire.even:
+        at = sum(wire.payloads[:rank])
         return flat[at : at + wire.payloads[rank]]
     pieces = []
     for run in wire.parts[rank]:

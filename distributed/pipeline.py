@@ -1,7 +1,7 @@
 """The end of an iteration, bucket by bucket: what has stepped is on its way back while the rest steps.
 
 [Note: chunks]
-The buckets step in the order in which the next forward pass needs them, in *chunks* of 1, 1, 2, 4, 8, ... buckets: the
+The buckets step in the order in which the next forward pass needs them, in *chunks* of 1, 2, 6, 18, ... buckets: the
 first layers wait for one small piece of work, and all of it takes few launches. A bucket's gather begins as soon as
 all chunks up to its own have been queued. While the first bucket is still being reduced, which is the last one that
 backward makes gradients of, the second chunk steps before it.
@@ -110,7 +110,7 @@ class Pipeline:
         chunks = []
         at = 0
         while at < len(wires):
-            some = wires[at : at + max(1, at)]
+            some = wires[at : at + max(1, 2 * at)]
             buckets = {wire.bucket.index for wire in some}
             chunks.append(Chunk(tuple(i for i in params if bucket_of[i] in buckets), some))
             at += len(some)

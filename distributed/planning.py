@@ -23,7 +23,7 @@ from ..optimizers import Adam
 from ..wrapper import OptimWrapper
 from .layout import Kind, Layout, ParamSpec
 from .members import model_names
-from .reduced import IN_FLIGHT
+from .reductions import IN_FLIGHT
 from .rows import REST, Rows, Unit, loads_of_rows, units_of
 
 Stage = Literal[1, 2, 3]

@@ -13,35 +13,31 @@ A backward pass inside another one (checkpointing with `use_reentrant=True`) bel
 from __future__ import annotations
 
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.profiler import record_function
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..parts import part_of_grad
 from .agreement import Agreement
 from .buckets import Buffers
-from .collectives import Ranks, Reading, Reduction
+from .collectives import Ranks
 from .gradients import sparse
-from .header import EXTRA, Place, Verdict, decode
-from .in_backward import ALREADY, LAG, InBackward
+from .header import Place, Verdict, decode
+from .in_backward import ALREADY, LAG, STEPS, InBackward
 from .lane import Lane
-from .packing import pack
-from .rounds import Part, Round, inside_another_backward, numbers_beside
+from .reductions import Reductions
+from .rounds import Part, Round, inside_another_backward
 from .wire import Wire
 
 # The hook of every parameter: the optimizer that was made last gets its gradients.
 _hooks: Any = WeakTensorKeyDictionary()
 
-IN_FLIGHT = 2
-"""Buckets whose full gradient may be alive at once: one that backward is making, and one that is being reduced."""
 
-
-class ReducedGradients:
+class ReducedGradients(Reductions):
     """This rank holds the averaged gradient of its own elements only.
 
     Args:
@@ -55,11 +51,8 @@ class ReducedGradients:
     def __init__(
         self, ranks: Ranks, buffers: Buffers, agreement: Agreement, dtype: torch.dtype | None, lane: Lane
     ) -> None:
-        self._ranks, self._buffers, self._agreement, self._dtype = ranks, buffers, agreement, dtype
-        self._lane = lane
-        self._in_flight: deque[tuple[Wire, Tensor, Reduction]] = deque()
-        self._parts: dict[int, Part] = {}
-        self._headers: dict[int, tuple[Wire, Tensor]] = {}
+        super().__init__(ranks, buffers, dtype, lane)
+        self._agreement = agreement
         self._seen: set[int] = set()
         self._round: Round | None = None
         self._last: Round | None = None
@@ -136,6 +129,7 @@ class ReducedGradients:
         if now is not None and now.tasks and not inner and task > max(now.tasks):
             with torch.no_grad():
                 self._close()  # of a pass whose end nobody has told
+                self._verdict()
             now = None
         if now is None:
             with torch.no_grad():
@@ -252,9 +246,9 @@ class ReducedGradients:
         reduction = self._send(wire, sources, now.leading if first else [])
         if first and not self._ranks.alone:
             now.reading = self._read(wire, reduction)
-        if self.in_backward is not None and now.launched > LAG and self._may_step(now):
-            for index in list(self._parts):
-                self.in_backward.gather([self._step_bucket(index, self.in_backward)])
+        enough = now.launched > LAG and len(self._parts) >= len(now.waits_for) // STEPS
+        if self.in_backward is not None and enough and self._may_step(now):
+            self.in_backward.gather(self._step_landed(self.in_backward))
 
     def _may_step(self, now: Round) -> bool:
         """Whether the ranks agree that the buckets of a round step: the same on all of them."""
@@ -270,88 +264,37 @@ class ReducedGradients:
         """Step what has not stepped at the end of a round, and gather the buckets that are needed first first."""
         if not self._may_step(now):
             return
-        wires = {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
+        wires = self._step_landed(stepper)
         self._land_all()
-        wires |= {index: self._step_bucket(index, stepper) for index in sorted(self._parts)}
-        stepper.gather([wire for _, wire in sorted(wires.items())])
+        wires += self._step_landed(stepper)
+        stepper.gather(sorted(wires, key=lambda wire: wire.bucket.index))
 
-    def _step_bucket(self, index: int, stepper: InBackward) -> Wire | None:
-        """Step a bucket that has landed; what is then to be gathered."""
-        part = self._parts[index]
-        with self._lane.inside():
-            part.ready()
-        wire = stepper.step(index, self._present_of(part, self._agreement.active))
-        del self._parts[index]
-        return wire
+    def _step_landed(self, stepper: InBackward) -> list[Wire]:
+        """Step all buckets that have landed; what is then to be gathered."""
+        present: dict[int, list[int]] = {}
+        for index, part in self._parts.items():
+            with self._lane.inside():
+                part.ready()
+            present[index] = self._present_of(part, self._agreement.active)
+        wires = stepper.step(present)
+        self._parts.clear()
+        return wires
 
     def _taken(self, param: int) -> Tensor | None:
         """The gradient of an active parameter, flat, no longer in `p.grad`."""
         p = self._buffers.params[param]
         if param not in self._agreement.active or p.grad is None:
             return None
+        grad: Tensor | None = None
         if p.grad.layout != torch.strided:
             self._problem = sparse(self._buffers)
-        grad, p.grad = p.grad, None
-        return grad.reshape(-1) if grad.layout == torch.strided else None
-
-    def _send(self, wire: Wire, sources: dict[int, Tensor], leading: list[int]) -> Reduction:
-        """Start the collective of one bucket."""
-        flat = self._buffers.buckets[wire.bucket.index]
-        while len(self._in_flight) >= IN_FLIGHT - 1:
-            self._land()
-        flags = [int(param in sources) for param in wire.params]
-        full = self._ranks.transport.empty(wire.numel, flat.flat)
-        with record_function(f"fastopt reduce {flat.label}"):
-            pack(wire, full, sources, self._header(wire, flags, leading, full))
-            with self._lane.inside():
-                reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
-        self._in_flight.append((wire, full, reduction))
-        return reduction
-
-    def _header(self, wire: Wire, flags: list[int], leading: list[int], beside: Tensor) -> Tensor:
-        """The header on the device; that of a bucket of which all gradients are there is kept."""
-        if leading or not all(flags):
-            return numbers_beside(beside, flags + leading, wire.header)
-        known = self._headers.get(wire.bucket.index)
-        if known is None or known[0] is not wire:
-            known = self._headers[wire.bucket.index] = wire, numbers_beside(beside, flags, wire.header)
-        return known[1]
-
-    def _send_nothing(self, wire: Wire, leading: list[int]) -> Reading:
-        """Take part in a collective without a gradient, and forget its result."""
-        self._land_all()
-        reduction = self._send(wire, {}, leading)
-        reading = self._read(wire, reduction)
-        self._finish(reduction)
-        self._in_flight.clear()
-        return reading
-
-    def _read(self, wire: Wire, reduction: Reduction) -> Reading:
-        start = wire.payloads[self._ranks.rank] + len(wire.params)
-        return reduction.read(start, start + EXTRA)
-
-    def _land(self) -> None:
-        """Wait for the oldest bucket under way and add its average to this rank's gradient."""
-        wire, _, reduction = self._in_flight.popleft()
-        self._finish(reduction)
-        part = Part(wire, self._ranks.rank, reduction.mine, self._ranks.total)
-        earlier = self._parts.get(wire.bucket.index)
-        if earlier is not None:
-            with self._lane.inside():
-                part.add(earlier)
-        self._parts[wire.bucket.index] = part
-
-    def _finish(self, reduction: Reduction) -> None:
-        """Wait for the sum in the lane. The model's stream waits only until the full gradient has been sent."""
-        with self._lane.inside():
-            reduction.arrive()
-            with self._lane.outside():
-                reduction.arrive()
-            reduction.wait()
-
-    def _land_all(self) -> None:
-        while self._in_flight:
-            self._land()
+        else:
+            try:
+                grad = part_of_grad(p)
+            except ValueError as error:
+                self._problem = f"{self._buffers.layout.params[param].name!r}: {error}"
+        p.grad = None
+        return None if grad is None else grad.reshape(-1)
 
     def _verdict(self) -> Verdict | None:
         """What the headers of the last round say; None where it had none."""
@@ -450,33 +393,6 @@ class ReducedGradients:
             return sorted(i for i in mine if i in self._seen or flags[i] > 0)
         return sorted(i for i in mine if i in self._seen)
 
-    def under_way(self, buckets: Set[int]) -> bool:
-        """Whether any of these buckets is still being reduced."""
-        return any(wire.bucket.index in buckets for wire, *_ in self._in_flight)
-
-    def land(self, buckets: Set[int]) -> None:
-        """Wait for these buckets, and average them."""
-        while self.under_way(buckets):
-            self._land()
-        with self._lane.inside():
-            for index in buckets & self._parts.keys():
-                self._parts[index].ready()
-
-    def slice(self, param: int) -> Tensor | None:
-        """This rank's elements of the averaged gradient."""
-        part = self._parts.get(self._buffers.layout.place(param)[0].index)
-        return None if part is None or param not in part.places else part.slice(param)
-
-    def held(self, params: Iterable[int]) -> list[Tensor]:
-        """The parts of all buckets; what is not active is zero in them."""
-        self._land_all()
-        return [part.ready() for part in self._parts.values()]
-
-    def scale(self, params: Iterable[int], by: Tensor) -> None:
-        """Multiply all parts with a 0-d tensor when they are needed."""
-        for part in self._parts.values():
-            part.scale(by)
-
     def consumed(self) -> None:
         """Free the gradients: what has stepped is not needed again."""
         self._land_all()
@@ -489,9 +405,7 @@ class ReducedGradients:
 
     def clear(self) -> None:
         """Forget the gradients and a round that a failed backward pass has left open."""
-        for *_, reduction in self._in_flight:
-            self._finish(reduction)
-        self._in_flight.clear()
+        self._drop_all()
         self._round, self._problem = None, None
         cleared = self._cleared or self._rounds > 0
         self.consumed()

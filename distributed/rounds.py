@@ -55,6 +55,8 @@ class Part:
         self.payload = wire.payloads[rank]
         self._total = total
         self._factors: list[Tensor] = []
+        self._views: dict[int, Tensor] | None = None
+        self._runs = wire.parts[rank]
 
     def scale(self, by: Tensor) -> None:
         """Multiply with a 0-d tensor, when it is needed."""
@@ -73,8 +75,14 @@ class Part:
 
     def slice(self, param: int) -> Tensor:
         """The elements of `param`."""
-        start, stop = self.places[param]
-        return self.sums[start:stop]
+        if self._views is None:
+            sizes = [run.count for run in self._runs]
+            views = self.sums[: self.payload].split_with_sizes(sizes)
+            self._views = {
+                run.param: view for run, view in zip(self._runs, views, strict=True) if run.param is not None
+            }
+        found = self._views.get(param)
+        return self.sums[:0] if found is None else found
 
     def flags(self) -> Tensor:
         """For each parameter of the wire how many gradients have come, of all ranks and rounds."""

@@ -2,6 +2,9 @@
 
 The scaler looks for gradients in one method, `_unscale_grads_`, which PyTorch's own sharded scaler overrides too. From
 the first `shard` on, that method asks an optimizer that holds its gradients elsewhere to unscale them itself.
+
+There is no public way to that. `_step_supports_amp_scaling` would hand scale and inf to `step`, but the inf is looked
+for in `p.grad` by the same method, and unscaling before clipping does not come to the optimizer at all.
 """
 
 from __future__ import annotations

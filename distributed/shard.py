@@ -13,13 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import cb_name, executor_for, requested, undeclared
 from ..optimizer import Optimizer
+from ..parts import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
 from .collectives import Ranks
 from .consistency import agree_fully
+from .copying import copies
 from .layout import Kind, Layout, ParamSpec
 from .members import about_groups, specs_of
 from .meshes import seat
 from .sharded import ShardedOptimizer
+from .transport import Transport
 
 
 def shard(
@@ -34,6 +37,8 @@ def shard(
     master_weights: bool | None = None,
     reduce_dtype: torch.dtype | None = None,
     step_in_backward: bool = False,
+    transport: Literal["copy"] | None = None,
+    overlap: bool = True,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -48,7 +53,8 @@ def shard(
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
         group: the ranks that take part, all by default; or a mesh of one dimension, or of two for hybrid sharding: the
-            state is spread over the second dimension, and the first one holds copies.
+            state is spread over the second dimension, and the first one holds copies. For a model that is tensor
+            parallel on another dimension of a mesh, the data parallel one: `mesh["dp"]`.
         layout: 'even' cuts every bucket into equal slices, 'whole' gives each parameter to one rank. By default what
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
@@ -60,6 +66,10 @@ def shard(
             ranks, so that sums are the same in every run. By default the backend sums them in their own dtype.
         step_in_backward: stage 2: step each bucket as soon as it is reduced, beside the rest of the backward pass;
             `step` then only counts. Gives up clipping, `GradScaler`, and changing hypers between backward and step.
+        transport: 'copy' moves buckets between the GPUs of a node by copies over NVLink instead of by kernels of NCCL,
+            which leaves the multiprocessors to the model. By default what the process group has.
+        overlap: whether parameters come back under the next forward pass. Without, they are complete when `step`
+            returns (on CUDA: for what is enqueued next), for code that reads them in ways of its own.
 
     Raises:
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
@@ -70,28 +80,38 @@ def shard(
     masters = False
     params: list[Tensor] = []
     specs: list[ParamSpec] = []
+    moved: Transport | None = None
     problem: Exception | None = None
     try:
         _check(opt, model, stage)
         _check_dtype(reduce_dtype, stage)
         if step_in_backward:
             _check_in_backward(opt, stage)
+        moved = _transport(opt, ranks, transport)
         kind = _kind(opt, layout)
         params = [p for each in opt.param_groups for p in each["params"]]
         specs = specs_of(opt, model, ranks, cost)
         masters = opt.master_weights if master_weights is None else bool(master_weights)
         about = _about(opt, stage, bucket_bytes, masters, reduce_dtype)
-        report = {**about, "step_in_backward": bool(step_in_backward), "layout": kind, **about_groups(opt, specs)}
+        report = {
+            **about,
+            "step_in_backward": bool(step_in_backward),
+            "transport": transport,
+            "layout": kind,
+            **about_groups(opt, specs),
+        }
     except (TypeError, ValueError) as error:
         problem, report = error, {"problem": str(error)}
     agree_fully(ranks, report)
     if problem:
         raise problem
+    if moved is not None:
+        ranks.transport = moved
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
     sharded = ShardedOptimizer(opt, model, ranks, made, params, at, reduce_dtype, step_in_backward)
-    sharded.cost = cost
+    sharded.cost, sharded.overlap = cost, overlap
     _broadcast_rest(model, params, ranks)
     return sharded
 
@@ -110,6 +130,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
             )
         if isinstance(cb, TorchStep) and isinstance(cb.opt, torch.optim.SparseAdam):
             raise TypeError("SparseAdam takes sparse gradients, which have no slices: use Adam with dense gradients")
+        if isinstance(cb, TorchStep) and any(is_spread(p) for group in opt.param_groups for p in group["params"]):
+            raise TypeError(
+                f"{type(cb.opt).__name__} steps DTensors in its own way, without shard(): use an optimizer of fastopt, "
+                f"or fully_shard(model, mesh=mesh['dp'])"
+            )
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard() takes the model as an nn.Module, got a {type(model).__name__}")
     if stage not in (1, 2):
@@ -130,6 +155,17 @@ def _check_dtype(reduce_dtype: Any, stage: int) -> None:
         raise TypeError(f"reduce_dtype is a floating-point dtype such as torch.float32, got {reduce_dtype!r}")
     if stage == 1:
         raise ValueError("in stage 1 gradients are averaged by others: reduce_dtype is for stage 2")
+
+
+def _transport(opt: Optimizer, ranks: Ranks, name: str | None) -> Transport | None:
+    """The transport that was asked for; None for that of the group."""
+    if name is None:
+        return None
+    if name != "copy":
+        raise ValueError(f"transport is 'copy' or None, got {name!r}")
+    if ranks.group is None or ranks.world_size == 1:
+        return None
+    return copies(ranks.group, {p.device for group in opt.param_groups for p in group["params"]})
 
 
 def _check_in_backward(opt: Optimizer, stage: int) -> None:
@@ -194,4 +230,4 @@ def _broadcast_rest(model: nn.Module, sharded: Sequence[Tensor], ranks: Ranks) -
     rest: list[Tensor] = [p for p in model.parameters() if id(p) not in done]
     for tensor in [*rest, *model.buffers()]:
         if tensor.device.type != "meta":
-            ranks.broadcast(tensor)
+            ranks.broadcast(part_of(tensor))

@@ -3,44 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..base import outside_compile
-from ..engine import Choice, GroupWork, Needs, Reduce, chain_needs, undeclared
-from ..engine.describe import attribute
-from ..engine.master import MASTER
-from ..hypers import Group
+from ..engine import Choice, Engine, GroupWork, Needs, Reduce, chain_needs, undeclared
 from ..optimizer import Optimizer
-from ..pieces import Box, NamedState
-from ..state import ParamState, flags_of
-from ..state_dict import load_state_dict, pack
+from ..parts import Sharers, is_spread, part_of, part_of_grad, show
+from ..state import ParamState
 from .agreement import Agreement
-from .around import AroundOptimizer, refuse
-from .buckets import Buffers
+from .around import refuse
+from .buckets import KEPT, Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
 from .gathering import Gathering
 from .gradients import Gradients, LocalGradients
+from .holding import HoldsParts
 from .in_backward import InBackward, refused
 from .lane import Lane
 from .layout import Layout, ParamSpec
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .pipeline import Pipeline
+from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
-from .sharded_state import Held, consolidate, tensor_bytes
+from .spread import Spread
 
 StateDict = dict[str, Any]
 
 
-class ShardedOptimizer(AroundOptimizer):
+class ShardedOptimizer(HoldsParts):
     """An optimizer whose state is spread over the ranks of a process group. Made by `fastopt.distributed.shard`.
 
     `param_groups`, `hypers`, freezing and `set_hyper` are those of the optimizer it was made from (`opt.opt`): all
@@ -52,6 +49,8 @@ class ShardedOptimizer(AroundOptimizer):
 
     #: What a step on a parameter costs, see `shard`.
     cost: Callable[[Tensor], float] | None = None
+    #: Whether parameters come back under the next forward pass; False lets `step` wait for them.
+    overlap: bool = True
 
     def __init__(
         self,
@@ -72,8 +71,11 @@ class ShardedOptimizer(AroundOptimizer):
         self._lane = Lane.beside(params) if stage == 2 and ranks.world_size > 1 else Lane(None)
         self._buffers = Buffers(layout, ranks.rank, params, ranks.transport)
         self._agreement = Agreement(self, ranks, self._buffers)
-        self._consolidated: dict[int, dict[str, Any]] | None = None
+        self._consolidated = None
+        self._sliced: dict[tuple[int, ...], tuple[ParamState, int, list[tuple[int, list[Tensor], list[Any]]]]] = {}
         self._index = {id(p): i for i, p in enumerate(params)}
+        self._spread = Spread(params)
+        self._engines: dict[Sharers, Engine] = {}
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
@@ -90,31 +92,12 @@ class ShardedOptimizer(AroundOptimizer):
             self._gradients.in_backward = self._in_backward
         self._keep_own_state()
         teach_grad_scaler()
+        teach_averaged_model()
         opt.register_step_pre_hook(refuse("step"))
         opt.register_state_dict_pre_hook(refuse("state_dict"))
         opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
 
-    # ---- who takes part
-
-    @property
-    def layout(self) -> Layout:
-        """Who owns what."""
-        return self._buffers.layout
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the state; None without an initialised process group."""
-        return self._ranks.group
-
-    @property
-    def rank(self) -> int:
-        """This process's number in the process group."""
-        return self._ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks that share the state."""
-        return self._ranks.world_size
+    # ---- how it runs
 
     @property
     def engine(self) -> tuple[Choice, ...]:
@@ -123,17 +106,6 @@ class ShardedOptimizer(AroundOptimizer):
             return self.opt.engine
         work = self._slices(range(len(self.layout.params)))
         return self.opt.runner.choices(self.cbs, work, recorded=self._only_recorded)
-
-    @property  # type: ignore[override]
-    def state(self) -> ParamState:
-        """The state of this rank's parts, see `Optimizer.state`. What is read is that after the last step."""
-        if self._within is not None and self._lane.stepped:
-            self._lane.join()
-        return super().state
-
-    @state.setter
-    def state(self, state: ParamState) -> None:
-        AroundOptimizer.state.fset(self, state)  # type: ignore[attr-defined]
 
     @property
     def needs(self) -> Needs:
@@ -172,13 +144,27 @@ class ShardedOptimizer(AroundOptimizer):
             self._gathering.begun()
         else:
             stepping = self._gradients.settle("step")
-            if self._only_recorded:
-                self._agreement.ask("step", False, self._not_recorded(stepping))
+            if self._only_recorded or (self.stage == 2 and self._agreement.late):
+                problem = self._not_recorded(stepping) if self._only_recorded else None
+                self._agreement.ask("step", False, problem)
             self._pipeline.step(stepping, self._separable, self._beside)
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
+        if not self.overlap:
+            self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def prepare_replay(self) -> NoReturn:
+        """Refuse: a sharded step is no sequence of kernels alone.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "a sharded step agrees with other ranks on the host, which no CUDA graph can capture: capture the forward "
+            "and the backward pass, or use fully_shard, whose optimizer needs no shard()"
+        )
 
     @property
     def _separable(self) -> bool:
@@ -202,18 +188,28 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _run_slices(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
-        work = self._slices(stepping)
         for i in stepping:
             part, grad = self._buffers.slice(i), self._gradients.slice(i)
             self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
-            reduce = self._reduce if recorded or chain_needs(self.cbs) == "norm" else None
-            self.opt.run(work, reduce, recorded=recorded, part=part_of_step)
+            if not recorded and chain_needs(self.cbs) != "norm":
+                self.opt.run(self._slices(stepping), part=part_of_step)
+                return
+            for sharers, some in self._spread.split(stepping).items():
+                engine, work = self._engine_for(sharers), self._slices(some)
+                reduce = self._reduce(sharers)
+                self.opt.run_tensors(work, reduce, recorded=recorded, engine=engine, part=part_of_step)
         finally:
-            for each in work:
-                for part in each.params:
-                    part.grad = None
+            for i in stepping:
+                self._buffers.slice(i).grad = None
+
+    def _engine_for(self, sharers: Sharers) -> Engine:
+        """The optimizer's own engine for the first parameters, one more for each further set of sharers."""
+        if sharers not in self._engines:
+            new = Engine(self.opt.runner.name, self.opt.master_weights) if self._engines else self.opt.runner
+            self._engines[sharers] = new
+        return self._engines[sharers]
 
     def _run_whole(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on the parameters that this rank owns."""
@@ -223,7 +219,7 @@ class ShardedOptimizer(AroundOptimizer):
             for i, p in zip(members, params, strict=True):
                 grad = self._gradients.slice(i)
                 before.append((p, p.grad))
-                self._give(p, torch.zeros_like(p) if grad is None else grad.view(p.shape))
+                self._give(p, torch.zeros_like(p) if grad is None else show(p, grad.view(part_of(p).shape)))
             work.append(self._work(group, members, params))
         try:
             if work:
@@ -237,7 +233,9 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _give(self, p: Tensor, grad: Tensor) -> None:
         """Make `grad` the gradient of `p`. More precise sums stay so where the chain steps on a master copy."""
-        if grad.dtype == p.dtype or not self.opt.master_weights:
+        if grad.dtype == p.dtype:
+            p.grad = grad
+        elif not self.opt.master_weights or is_spread(p):
             p.grad = grad.to(p.dtype)
         else:
             p.grad_dtype = None
@@ -245,8 +243,17 @@ class ShardedOptimizer(AroundOptimizer):
 
     def _slices(self, params: Iterable[int]) -> list[GroupWork]:
         """The work on this rank's slices of `params`."""
-        by_group = self._by_group(params)
-        return [self._work(group, members, [self._buffers.slice(i) for i in members]) for group, members in by_group]
+        key, changes = tuple(params), self.state.changes
+        known = self._sliced.get(key)
+        if known is None or known[0] is not self.state or known[1] != changes:
+            if len(self._sliced) >= 4 * KEPT:
+                self._sliced.clear()
+            found = []
+            for group, members in self._by_group(key):
+                states = [self.state[self._buffers.params[i]] for i in members]
+                found.append((group, [self._buffers.slice(i) for i in members], states))
+            known = self._sliced[key] = self.state, changes, found
+        return [self.opt.group_work(group, slices, states) for group, slices, states in known[2]]
 
     @property
     def _only_recorded(self) -> bool:
@@ -272,20 +279,20 @@ class ShardedOptimizer(AroundOptimizer):
     def _work(self, group: int, members: list[int], tensors: list[Tensor]) -> GroupWork:
         return self.opt.group_work(group, tensors, [self.state[self._buffers.params[i]] for i in members])
 
-    @property
-    def _reduce(self) -> Reduce | None:
-        """Sums partial sums over the ranks; None where there is one."""
-        if self._ranks.alone:
+    def _reduce(self, sharers: Sharers) -> Reduce | None:
+        """Sums partial sums over the ranks, and over those that share parameters beside them; None if all is here."""
+        if self._ranks.alone and not sharers:
             return None
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
-        return lambda partial: self._ranks.sum(partial.to(device)).to(partial.device)
+        return lambda partial: self._spread.sum(self._ranks.sum(partial.to(device)), sharers).to(partial.device)
 
     def synchronize(self) -> None:
         """Wait until the parameters that the last step has moved are complete on this rank.
 
         Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
-        `model.load_state_dict()`, freezing and the next step. Call this before anything else reads a parameter, such as
-        a norm for the log, an average of the weights, or a function that is given `layer.weight`.
+        `model.load_state_dict()`, copying or pickling a module, `AveragedModel`, freezing and the next step. Call this
+        before anything else reads or writes a parameter, such as a norm for the log, or a function that is given
+        `layer.weight`; or pass `shard(..., overlap=False)`.
         """
         self._gathering.synchronize()
 
@@ -335,9 +342,18 @@ class ShardedOptimizer(AroundOptimizer):
         present = self._gradients.settle("clip_grad_norm_")
         device = next((p.device for p in self._buffers.params), torch.device("cpu"))
         with self._lane.inside():
-            total = total_norm(self._gradients.held(present), float(norm_type), self._ranks, device).float()
+            parts = self._by_sharers(present, self._gradients.held(present))
+            total = total_norm(parts, float(norm_type), self._ranks, self._spread, device).float()
             self._gradients.scale(present, clip_factor(total, max_norm))
         return self._lane.bring(total)
+
+    def _by_sharers(self, present: Sequence[int], held: list[Tensor]) -> dict[Sharers, list[Tensor]]:
+        """This rank's gradients by the process groups that share them: all of `held`, where nobody does."""
+        if not self._spread.groups:
+            return {(): held}
+        split = self._spread.split(present)
+        slices = {sharers: [self._gradients.slice(i) for i in some] for sharers, some in split.items()}
+        return {sharers: [part for part in some if part is not None] for sharers, some in slices.items()}
 
     @torch.no_grad()
     def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
@@ -346,11 +362,14 @@ class ShardedOptimizer(AroundOptimizer):
             raise refused("GradScaler, which unscales gradients and skips steps,", "Train in bfloat16 without a scaler")
         active = self._gradients.settle("unscale_")
         with self._lane.inside():
-            if self.stage == 1:
-                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
-            else:
+            if self.stage == 2:
                 found = unscale(self._gradients.held(active), inv_scale, found_inf)
-            found = self._ranks.largest(found)
+            elif self._spread.groups:
+                grads = [grad for p in self._buffers.params if (grad := part_of_grad(p)) is not None]
+                found = unscale(grads, inv_scale, found_inf)
+            else:
+                found = torch.stack([found_inf, *(f.to(found_inf.device) for f in in_place().values())]).amax(0)
+            found = self._spread.largest(self._ranks.largest(found), self._spread.groups)
         return {found.device: self._lane.bring(found)}
 
     # ---- groups
@@ -385,109 +404,11 @@ class ShardedOptimizer(AroundOptimizer):
         first = len(self._buffers.buckets)
         self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
         self._buffers.extend(layout, params)
+        self._spread.extend(params)
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()
         self._gathering.watch()
         self._pipeline.grown()
+        self._sliced.clear()
         self._agreement.grown(len(params))
-
-    # ---- state
-
-    def _held(self, p: Tensor) -> Held:
-        """How this rank holds the state of `p`."""
-        return Held(self.layout, self.rank, self._index[id(p)], p.device, self._ranks.copy)
-
-    @property
-    def _shaped(self) -> set[str]:
-        """Keys of states that the chain says, or its recordings show, are shaped like their parameter."""
-        told = {name for cb in self.cbs for name in attribute(cb, "like_param", ())}
-        return told | self.opt.program().whole_states() | {MASTER}
-
-    def _keep_own_state(self) -> None:
-        """Cut whole states down to what this rank owns."""
-        shaped = self._shaped
-        for p, entry in list(self.state.items()):
-            held = self._held(p)
-            own = entry if held.owned else flags_of(entry)
-            self.state[p] = {key: held.take(key, value, key in shaped) for key, value in own.items()}
-
-    def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
-        """One value of a loaded state as this rank holds it."""
-        return self.opt._load_value(p, key, self._held(p).take(key, value, key in self._shaped), group)
-
-    def _drop_foreign_state(self) -> None:
-        """Keep nothing but marks of parameters that other ranks own."""
-        for p, entry in list(self.state.items()):
-            if not self._held(p).owned:
-                self.state[p] = flags_of(entry)
-
-    def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
-        """Which boxes of a state of `p` with global `shape` this rank holds."""
-        return self.layout.boxes(self._index[id(p)], self.rank, tuple(shape))
-
-    def param_names(self) -> dict[Any, str]:
-        """The model's fully-qualified names by parameter."""
-        return {p: spec.name for spec, p in zip(self.layout.params, self._buffers.params, strict=True)}
-
-    def state_bytes(self) -> int:
-        """Bytes of the state tensors on this rank."""
-        return tensor_bytes(self.state)
-
-    def clear_state(self) -> None:
-        """Forget all training state; the marks `force_train` and `do_wd` stay."""
-        self._consolidated = None
-        super().clear_state()
-
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Bring the whole state to rank `to`, where `state_dict()` then shows whole tensors until the next step.
-
-        Collective. The memory of rank `to` must hold all of the state; a checkpoint needs no such thing.
-        """
-        if not 0 <= to < self.world_size:
-            raise ValueError(f"to={to} is no rank of {self.world_size}")
-        self._consolidated = consolidate(self._ranks, self.layout, self._buffers.params, self.state, to)
-
-    @outside_compile
-    def state_dict(self) -> StateDict:
-        """State and groups in torch's shape, on every rank and without communication.
-
-        What is spread over the ranks is a tuple of `Piece`, this rank's boxes of it, possibly none; other tensors and
-        numbers are as they are. It also knows the parameters' names and shapes. After `consolidate_state_dict` the
-        state is whole on the rank asked for.
-        """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        shown: dict[Any, Mapping[str, Any]] = {}
-        for i, p in enumerate(self._buffers.params):
-            if self._consolidated is not None:
-                shown[p] = self._consolidated.get(i, {})
-            elif p in self.state and (held := self._held(p)).owned:
-                shown[p] = {key: held.show(value) for key, value in self.state[p].items()}
-        packed = pack(self.param_groups, shown)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return NamedState(packed, [(spec.name, spec.shape, spec.dtype) for spec in self.layout.params])
-
-    @outside_compile
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        """Take over state, hyper-parameters and freezing. Each state is a whole tensor or this rank's pieces of it.
-
-        Every rank must load the same thing. Nothing changes on this rank if anything does not fit.
-
-        Raises:
-            ValueError: groups, members, names, shapes or pieces differ from what this rank holds.
-        """
-        load_state_dict(self, state_dict)  # type: ignore[arg-type]  # has all that it asks an Optimizer for
-        self._drop_foreign_state()
-        self._consolidated = None
-
-    def _watch_groups(self) -> None:
-        """Leave that to the optimizer within, whose groups these are."""
-        self.opt._watch_groups()
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            "a sharded optimizer is tied to its process group and cannot be copied or pickled: "
-            "save it with fastopt.checkpoint, or copy its state_dict()"
-        )

@@ -8,12 +8,12 @@ that the user has set.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..parts import part_of
 from ..pieces import Box, Flat, Piece, Pieces, cut_interval
 from .collectives import Ranks
 from .layout import Layout
@@ -33,7 +33,7 @@ class Held:
     def __init__(self, layout: Layout, rank: int, param: int, device: torch.device, copy: int = 0) -> None:
         self.spec = layout.params[param]
         self.device = device
-        self.copy = copy
+        self.copy = copy or (0 if self.spec.part is None else self.spec.part.copy)
         self.whole = layout.kind == "whole"
         self.interval = layout.interval(param, rank)
         self.owned = not self.whole or layout.owner(param) == rank
@@ -50,12 +50,19 @@ class Held:
 
     def show(self, value: Any) -> Any:
         """A held value as the state dict shows it: pieces of what is distributed, the rest as it is."""
+        spec = self.spec
         if self.is_cut(value):
-            pieces = cut_interval(self.spec.name, self.spec.shape, *self.interval, value)
-            return Pieces(replace(piece, copy=self.copy) if self.copy else piece for piece in pieces)
+            pieces = cut_interval(spec.name, spec.shape, *self.interval, value)
+            if spec.part is None and not self.copy:
+                return Pieces(pieces)
+            return Pieces(
+                Piece(spec.name, spec.whole, piece.box.inside(spec.box), piece.data, self.copy) for piece in pieces
+            )
         if self.whole and isinstance(value, Tensor) and value.ndim:
             shape = tuple(value.shape)
-            return Pieces([Piece(self.spec.name, shape, Box.whole(shape), value, self.copy)])
+            if shape == spec.shape:
+                return Pieces([Piece(spec.name, spec.whole, spec.box, value, self.copy)])
+            return Pieces([Piece(spec.name, shape, Box.whole(shape), value, self.copy)])
         return value
 
     def take(self, key: str, value: Any, like_param: bool) -> Any:
@@ -73,6 +80,9 @@ class Held:
         if not self.owned:
             return value
         if isinstance(value, Tensor):
+            value = part_of(value)
+            if value.shape == self.spec.whole and value.shape != self.spec.shape:
+                value = value[self.spec.box.slices].clone()
             if not self.whole and value.shape == self.spec.shape and (value.ndim or like_param):
                 return value.reshape(-1)[slice(*self.interval)].to(self.device, copy=True)
             return value
@@ -86,14 +96,14 @@ class Held:
             if piece.name != self.spec.name:
                 raise ValueError(f"{key!r} of {self.spec.name!r} was given a piece of {piece.name!r}")
         if self.whole:
-            if len(pieces) != 1 or pieces[0].box != Box.whole(pieces[0].shape):
+            if len(pieces) != 1 or pieces[0].box not in (Box.whole(pieces[0].shape), self.spec.box):
                 raise ValueError(f"{key!r} of {self.spec.name!r} needs one piece that is all of it, got {len(pieces)}")
             return pieces[0].data.to(self.device)
-        given = {piece.box: piece for piece in pieces if piece.shape == self.spec.shape}
+        given = {piece.box: piece for piece in pieces if piece.shape == self.spec.whole}
         missing = [box for box in self._boxes if box not in given]
         if missing or len(given) != len(pieces) or len(given) != len(self._boxes):
             raise ValueError(
-                f"{key!r} of {self.spec.name!r} (shape {self.spec.shape}): this rank holds the boxes {self._boxes}, "
+                f"{key!r} of {self.spec.name!r} (shape {self.spec.whole}): this rank holds the boxes {self._boxes}, "
                 f"but was given {[piece.box for piece in pieces]} of shape {[piece.shape for piece in pieces]}"
             )
         if isinstance(pieces, Flat) and [piece.box for piece in pieces] == self._boxes:

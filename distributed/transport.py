@@ -1,7 +1,7 @@
 """How bytes move between ranks: one small interface, and what `torch.distributed` offers behind it.
 
-Another transport, such as copy engines over symmetric memory inside of an NVLink domain, has the same four methods. It
-allocates the buffers that it moves, so they can be memory that the other ranks reach.
+Copies between the GPUs of a node (copying.py) are another transport behind it. A transport allocates the buffers that
+it moves, so they can be memory that the other ranks reach.
 """
 
 from __future__ import annotations
@@ -12,10 +12,22 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import AllgatherOptions
 
 # PyTorch 2.13 has renamed both; 2.11 has the old names only.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _all_gather_several(group: dist.ProcessGroup | None, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
+    """As `_all_gather` for each of several buffers, in one collective."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    options = AllgatherOptions()
+    options.asyncOp = True
+    call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
+    work: Work = call(list(fulls), list(mines), options)
+    return work
 
 
 class Work(Protocol):
@@ -29,13 +41,16 @@ class Transport(Protocol):
     """Collectives that start at once and are waited for later. All tensors are flat and contiguous."""
 
     def empty(self, numel: int, like: Tensor) -> Tensor:
-        """Memory for a buffer of `numel` elements beside `like`, not initialised."""
+        """Memory for a buffer of `numel` elements beside `like` that stays, not initialised. Collective."""
+
+    def passing(self, numel: int, like: Tensor) -> Tensor:
+        """The same for a buffer that is sent once. Collective."""
 
     def reduce_scatter(self, mine: Tensor, full: Tensor) -> Work:
         """Sum `full` over the ranks; each gets its equal part in `mine`. `full` may be overwritten."""
 
-    def all_gather(self, full: Tensor, mine: Tensor) -> Work:
-        """Bring the `mine` of all ranks together in `full`, of which it may be this rank's part."""
+    def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
+        """Bring each of `mines` of all ranks together in its place in `fulls`, of which it may be this rank's part."""
 
     def all_to_all(self, received: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Work:
         """Send `sends[r]` elements of `sent` to each rank `r`, and receive `receives[r]` from it."""
@@ -51,15 +66,21 @@ class GroupTransport:
         """Ordinary memory."""
         return torch.empty(numel, dtype=like.dtype, device=like.device)
 
+    def passing(self, numel: int, like: Tensor) -> Tensor:
+        """Ordinary memory."""
+        return torch.empty(numel, dtype=like.dtype, device=like.device)
+
     def reduce_scatter(self, mine: Tensor, full: Tensor) -> Work:
         """One collective."""
         work: Work = _reduce_scatter(mine, full, group=self._group, async_op=True)
         return work
 
-    def all_gather(self, full: Tensor, mine: Tensor) -> Work:
-        """One collective, in place where `mine` lies in `full`."""
-        work: Work = _all_gather(full, mine, group=self._group, async_op=True)
-        return work
+    def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
+        """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it, Gloo one message."""
+        if len(fulls) == 1:
+            work: Work = _all_gather(fulls[0], mines[0], group=self._group, async_op=True)
+            return work
+        return _all_gather_several(self._group, fulls, mines)
 
     def all_to_all(self, received: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Work:
         """One collective."""

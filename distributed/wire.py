@@ -10,8 +10,9 @@ rank 1, and so on. With two segments of two groups and two ranks:
     wire          | b b h | B B h |                     the first group is frozen: it is not on the wire
                                                         h: the header, see header.py
 
-Gradients are copied into this order as they are anyhow copied out of `p.grad`. Parameters come back in it where a
-bucket has several active segments, and are copied to their places; one segment alone is gathered in place.
+Gradients are copied into this order as they are anyhow copied out of `p.grad`. Parameters come back in place: one
+collective gathers each active segment where it is, so that nothing is kept beside the flat buffer. Only a `whole`
+bucket of which not all parameters are active comes back in this order, and is copied.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ class Wire:
         params: the parameters in it, in the order of their flags in the header.
         parts: for each rank the runs of its part.
         header: how many numbers follow the runs of each part.
-        flat: start and stop of the flat buffer if the runs of all parts are the same elements in the same order.
+        spans: start and stop of what is gathered in place in the flat buffer: each active segment, or all of a `whole`
+            bucket; None where what comes back must be copied.
     """
 
     bucket: Bucket
     params: tuple[int, ...]
     parts: tuple[tuple[Run, ...], ...]
     header: int
-    flat: tuple[int, int] | None
+    spans: tuple[tuple[int, int], ...] | None
 
     @cached_property
     def payloads(self) -> tuple[int, ...]:
@@ -79,8 +81,43 @@ class Wire:
         """Elements of all parts."""
         return sum(self.sizes)
 
+    @cached_property
+    def moves(self) -> tuple[tuple[int, int, int, int], ...]:
+        """Where whole gradients go: (number of the split, parameter, start, stop), stop 0 where it is all of it."""
+        sizes = {entry.param: entry.stop - entry.start for entry in self.bucket.entries}
+        return tuple(
+            (at, run.param, run.start, 0 if run.count == sizes[run.param] else run.start + run.count)
+            for at, run in self._numbered
+            if run is not None and run.param is not None
+        )
+
+    @cached_property
+    def gaps(self) -> tuple[int, ...]:
+        """The numbers of the splits that are padding."""
+        return tuple(at for at, run in self._numbered if run is not None and run.param is None and run.count)
+
+    @cached_property
+    def headers(self) -> tuple[int, ...]:
+        """The numbers of the splits that are headers."""
+        return tuple(at for at, run in self._numbered if run is None)
+
+    @property
+    def _numbered(self) -> Iterator[tuple[int, Run | None]]:
+        """The splits with their numbers; None for a header."""
+        tail = (None,) if self.header else ()
+        return enumerate(run for part in self.parts for run in (*part, *tail))
+
+    @cached_property
+    def _held(self) -> dict[int, dict[int, tuple[int, int]]]:
+        return {}
+
     def held(self, rank: int) -> dict[int, tuple[int, int]]:
         """Where in the part of `rank` its elements of each parameter lie: start and stop."""
+        if rank not in self._held:
+            self._held[rank] = self._places(rank)
+        return self._held[rank]
+
+    def _places(self, rank: int) -> dict[int, tuple[int, int]]:
         found = dict.fromkeys(self.params, (0, 0))
         at = 0
         for run in self.parts[rank]:
@@ -100,6 +137,7 @@ def wire_of(bucket: Bucket, active: Set[int], extra: int | None = None) -> Wire 
         active: parameters by their index in the layout.
         extra: how many numbers the header has beside a flag for each parameter; None for no header.
     """
+    spans: tuple[tuple[int, int], ...] | None
     whole = bucket.owned is not None
     segments = [s for s in bucket.segments if any(entry.param in active for entry in s.entries)]
     if not segments:
@@ -107,13 +145,13 @@ def wire_of(bucket: Bucket, active: Set[int], extra: int | None = None) -> Wire 
     if whole:
         params = tuple(entry.param for entry in bucket.entries if entry.param in active)
         parts = _owners_parts(bucket, active)
-        flat = (0, bucket.numel) if len(params) == len(bucket.entries) else None
+        spans = ((0, bucket.numel),) if len(params) == len(bucket.entries) else None
     else:
         params = tuple(entry.param for segment in segments for entry in segment.entries)
         parts = _even_parts(bucket, segments)
-        flat = (segments[0].start, segments[0].stop) if len(segments) == 1 else None
+        spans = tuple((segment.start, segment.stop) for segment in segments)
     header = 0 if extra is None else aligned(len(params) + extra, bucket.dtype)
-    return Wire(bucket, params, parts, header, flat)
+    return Wire(bucket, params, parts, header, spans)
 
 
 def _even_parts(bucket: Bucket, segments: list[Segment]) -> tuple[tuple[Run, ...], ...]:
@@ -140,11 +178,10 @@ def _filled_and_empty(segment: Segment) -> Iterator[tuple[int | None, int, int]]
 
 def _owners_parts(bucket: Bucket, active: Set[int]) -> tuple[tuple[Run, ...], ...]:
     parts: list[list[Run]] = [[] for _ in range(bucket.world_size)]
-    for entry in bucket.entries:
+    following = [*(entry.start for entry in bucket.entries[1:]), bucket.numel]
+    for entry, end in zip(bucket.entries, following, strict=True):
         if entry.param in active and entry.owner is not None:
-            count = entry.stop - entry.start
-            parts[entry.owner].append(Run(entry.param, 0, count))
-            gap = aligned(count, bucket.dtype) - count
-            if gap:
-                parts[entry.owner].append(Run(None, 0, gap))
+            parts[entry.owner].append(Run(entry.param, 0, entry.stop - entry.start))
+            if end > entry.stop:
+                parts[entry.owner].append(Run(None, 0, end - entry.stop))
     return tuple(map(tuple, parts))

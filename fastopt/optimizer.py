@@ -159,14 +159,20 @@ class Optimizer(_BaseOptimizer):
         """Bring the hyper-parameters and step counts of the next step to the GPU, before a CUDA graph replays a step.
 
         After a few ordinary steps capture one with `torch.cuda.graph`, which changes nothing. From then on
-        `opt.prepare_replay(); graph.replay()` makes a step. Gradients must stay where they were.
+        `opt.prepare_replay(); graph.replay()` makes a step. Gradients must stay where they were. Parameters may be
+        DTensors, whose gradients must be placed as they are.
 
         Raises:
             RuntimeError: no graph has captured a step, or this one runs other kernels (RAdam's first steps, Lookahead's
                 k-th, another group frozen).
         """
-        if not self._repeat(launch=False):
-            self.runner.prepare_replay(self.cbs, list(self._work()))
+        if self._repeat(launch=False):
+            return
+        work = list(self._work())
+        if any_spread(work):
+            self._parts.run(self, work, launch=False)
+        else:
+            self.runner.prepare_replay(self.cbs, work)
 
     @property
     def runner(self) -> Engine:
@@ -174,6 +180,13 @@ class Optimizer(_BaseOptimizer):
         if "_made_runner" not in self.__dict__:
             self._made_runner = Engine(self._engine, self.master_weights)
         return self._made_runner
+
+    @property
+    def _parts(self) -> Parts:
+        """What steps parameters that are DTensors."""
+        if "_made_parts" not in self.__dict__:
+            self._made_parts = Parts()
+        return self._made_parts
 
     def _everything(self) -> list[GroupWork]:
         """The work if all parameters had gradients."""
@@ -256,9 +269,7 @@ class Optimizer(_BaseOptimizer):
             part: which part of a step this is, where it is made in several, see `Engine.run`.
         """
         if any_spread(work):
-            if "_made_parts" not in self.__dict__:
-                self._made_parts = Parts()
-            self._made_parts.run(self, work)
+            self._parts.run(self, work)
         else:
             self.run_tensors(work, reduce, recorded=recorded, part=part)
 

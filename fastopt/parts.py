@@ -157,10 +157,17 @@ class Parts:
         self._engines: dict[Sharers | None, Engine] = {}
         self._sharers: dict[int, list[tuple[Sharers, list[Tensor], list[dict[str, Any]]]]] = {}
 
-    def run(self, opt: Optimizer, work: Sequence[GroupWork]) -> None:
-        """Step the parameters of `work`, which have gradients."""
+    def run(self, opt: Optimizer, work: Sequence[GroupWork], launch: bool = True) -> None:
+        """Step the parameters of `work`, which have gradients.
+
+        Args:
+            launch: False prepares the replay of a captured step, see `Engine.prepare_replay`.
+
+        Raises:
+            RuntimeError: without `launch`, a step that cannot be replayed.
+        """
         if any(hasattr(cb, "step_all") for cb in opt.cbs):  # a torch optimizer has its own ways with DTensors
-            opt.run_tensors(list(work))
+            _step_or_prepare(opt, opt.runner, list(work), None, False, launch)
             return
         groups = [self._group(w) for w in work]
         grads = [group.grads() for group in groups]
@@ -169,6 +176,8 @@ class Parts:
             for w, group in zip(work, groups, strict=True)
         ]
         needs = opt.runner.needs(opt.cbs, parts)
+        if needs == "whole" and not launch:
+            raise RuntimeError("a chain that needs whole parameters gathers DTensors one by one: not to be replayed")
         if needs == "whole":
             _run_gathered(opt, work, self._engine(opt, None))
             return
@@ -178,10 +187,10 @@ class Parts:
                 for part, grad in zip(group.spread_parts, given, strict=True):
                     part.grad = grad
             if needs == "elementwise":
-                opt.run_tensors(parts, recorded=recorded)
+                _step_or_prepare(opt, opt.runner, parts, None, recorded, launch)
                 return
             for sharers, some in self._by_sharers(parts).items():
-                opt.run_tensors(some, _sum_over(sharers), recorded=recorded, engine=self._engine(opt, sharers))
+                _step_or_prepare(opt, self._engine(opt, sharers), some, _sum_over(sharers), recorded, launch)
         finally:
             for group in groups:
                 for part in group.spread_parts:
@@ -211,6 +220,16 @@ class Parts:
             for sharers, tensors, states in self._sharers[w.index]:
                 found.setdefault(sharers, []).append(GroupWork(w.index, w.group, w.hypers, tensors, states))
         return found
+
+
+def _step_or_prepare(
+    opt: Optimizer, engine: Engine, work: list[GroupWork], reduce: Reduce | None, recorded: bool, launch: bool
+) -> None:
+    """Run the chain on ordinary tensors, or all of it but the kernels, which a CUDA graph replays."""
+    if launch:
+        opt.run_tensors(work, reduce, recorded=recorded, engine=engine)
+    else:
+        engine.prepare_replay(opt.cbs, work)
 
 
 def _cut_by_sharers(group: _Group) -> list[tuple[Sharers, list[Tensor], list[dict[str, Any]]]]:

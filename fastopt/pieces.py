@@ -69,6 +69,10 @@ class Box:
         """The same box in coordinates whose zero is the first element of `origin`."""
         return Box(tuple(a - b for a, b in zip(self.offset, origin.offset, strict=True)), self.shape)
 
+    def inside(self, origin: Box) -> Box:
+        """A box in coordinates whose zero is the first element of `origin`, in those of `origin`."""
+        return Box(tuple(a + b for a, b in zip(self.offset, origin.offset, strict=True)), self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import fastopt
-from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed import RanksDiffer, agreement, shard
 
 from .problems import Model, feed, members
+from .test_wire import counted
 
 Case = Callable[[int], Any]
 
@@ -247,26 +248,65 @@ def test_a_hyper_that_differs_after_backward_keeps_the_gradients(ranks: Any) -> 
     assert "hyper 'lr' of group 0: 0.1 on rank 0; 1.1 on rank 1" in told[0]
 
 
-def hyper_after_backward(rank: int, world_size: int) -> str:
+def hyper_after_backward(rank: int, world_size: int, odd_step: int, clip: bool) -> tuple[str, int]:
     """A hyper that is set between backward and step, as some training loops do; on one rank another value, once."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     opt = shard(fastopt.Adam([list(layer.parameters()) for layer in model], lr=0.1), model)
-    for step in range(3):
+    for step in range(4):
         model(torch.ones(1, 3)).sum().backward()
-        opt.set_hyper("lr", 0.5 if (rank, step) == (2, 2) else 0.1 / (step + 1))
-        opt.step()
+        before = [p.detach().clone() for p in model.parameters()]
+        try:
+            if clip:
+                opt.clip_grad_norm_(1.0)
+            opt.set_hyper("lr", 0.5 if (rank, step) == (2, odd_step) else 0.1 / (step + 2))
+            opt.step()
+        except RanksDiffer as error:
+            assert all(map(torch.equal, before, model.parameters()))
+            opt.set_hyper("lr", 0.1)
+            opt.step()  # with the gradients that are there
+            opt.synchronize()
+            assert not any(map(torch.equal, before, model.parameters()))
+            return str(error), step
         opt.zero_grad()
-    opt.set_hyper("lr", 0.3)
-    model(torch.ones(1, 3)).sum().backward()
-    told = message(opt.step)
-    opt.step()
-    return told
+    raise AssertionError("nobody was told")
 
 
-def test_a_hyper_set_after_backward_is_compared_with_the_next_one(ranks: Any) -> None:
-    told = ranks(3).run(hyper_after_backward)
-    assert told[0] == told[1] == told[2]
-    assert "hyper 'lr' of group 1 in step 2: 0.03333333333333333 on ranks 0, 1; 0.5 on rank 2" in told[0]
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_hyper_set_after_backward_is_compared_before_the_step_once_it_is_known_to_be_set_there(
+    ranks: Any, clip: bool
+) -> None:
+    """The first time it is compared with the next backward pass, and the message names the step that has used it."""
+    for odd_step in (0, 1, 2):
+        told = ranks(3).run(hyper_after_backward, odd_step, clip)
+        assert told[0] == told[1] == told[2]
+        text, raised_in = told[0]
+        value = 0.1 / (odd_step + 2)
+        where = " in step 0" if odd_step == 0 else ""
+        assert f"hyper 'lr' of group 1{where}: {value} on ranks 0, 1; 0.5 on rank 2" in text
+        assert raised_in == (1 if odd_step == 0 else odd_step)
+
+
+def messages_of_late_hypers(rank: int, world_size: int) -> list[int]:
+    """How many messages each step costs whose hypers are set late in some of them."""
+    model = nn.Linear(3, 4)
+    opt = shard(fastopt.Adam(model.parameters(), lr=0.1), model)
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "LATE", 3)
+        for late in (False, False, True, False, False, False, False, True, True, False, False, False, False):
+            with counted() as calls:
+                model(torch.ones(1, 3)).sum().backward()
+                if late:
+                    opt.set_hyper("lr", opt.hypers[0]["lr"] / 2)
+                opt.step()
+                opt.zero_grad()
+            made.append(sum(name == "control" for name, _ in calls))
+    return made
+
+
+def test_a_message_compares_late_hypers_only_where_there_have_been_some(ranks: Any) -> None:
+    for made in ranks(2).run(messages_of_late_hypers):
+        assert made == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0, 0]
 
 
 def problem_on_one_rank(rank: int, world_size: int) -> list[str]:

@@ -272,6 +272,7 @@ def everything_else(rank: int, world_size: int) -> None:
         with torch.no_grad():
             for p in clone.parameters():
                 p.zero_()
+        one_step(model, opt, rank)
         clone(data(0, 0))
         assert not complete(model)
         opt.synchronize()

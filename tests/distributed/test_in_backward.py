@@ -229,9 +229,25 @@ def test_what_cannot_step_in_backward() -> None:
     model = network()
     with pytest.raises(ValueError, match="step_in_backward is for stage 2"):
         shard(fastopt.Adam(model.parameters()), model, stage=1, step_in_backward=True)
+    opt = fastopt.Optimizer(model.parameters(), [average_grad, muon_step], lr=0.1, mom=0.9)
     with pytest.raises(ValueError, match="muon_step must see"):
-        opt = fastopt.Optimizer(model.parameters(), [average_grad, muon_step], lr=0.1, mom=0.9)
         shard(opt, model, step_in_backward=True)
+    opt = fastopt.OptimWrapper(torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="torch_step steps on all parameters at once"):
-        opt = fastopt.OptimWrapper(torch.optim.AdamW(model.parameters()))
         shard(opt, model, step_in_backward=True)
+
+
+def no_copies(rank: int, world_size: int) -> None:
+    """Copies are for GPUs, and say so before anything has changed."""
+    model = network()
+    opt = fastopt.Adam(model.parameters())
+    before = [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(ValueError, match="moves memory between GPUs, one per rank: the parameters are on cpu"):
+        shard(opt, model, transport="copy")
+    with pytest.raises(ValueError, match="transport is 'copy' or None"):
+        shard(opt, model, transport="fax")  # type: ignore[arg-type]
+    assert [p.data_ptr() for p in model.parameters()] == before
+
+
+def test_copies_are_refused_without_gpus(ranks: Any) -> None:
+    ranks(2).run(no_copies)

@@ -64,6 +64,30 @@ def test_bytes_alive_are_those_of_the_formula(ranks: Any, many: bool, low: bool,
         assert stepped == 24 * 96 * 96 // 2
 
 
+def under_way(rank: int, world_size: int, many: bool) -> tuple[int, int]:
+    """Bytes alive while parameters come back after a step, and the number of buckets with several groups."""
+    model = layers(24, 96, torch.float32)
+    params = [[p] for p in model.parameters()] if many else model.parameters()
+    opt = shard(fastopt.Adam(params), model, bucket_bytes=5 * 96 * 96 * 4)
+    x = torch.ones(1, 96)
+    for _ in range(2):
+        model(x).sum().backward()
+        opt.zero_grad(set_to_none=True)
+        model(x).sum().backward()
+        before = alive()
+        opt.step()
+    after = alive() - before
+    opt.synchronize()
+    return after, sum(len(bucket.segments) > 1 for bucket in opt.layout.buckets)
+
+
+def test_parameters_of_many_groups_come_back_in_place(ranks: Any) -> None:
+    """A bucket of several groups needs no more memory while it is gathered than a bucket of one."""
+    one, many = ranks(2).run(under_way, False)[0], ranks(2).run(under_way, True)[0]
+    assert (one[1], many[1] > 0) == (0, True)
+    assert many[0] == one[0]
+
+
 def passing(rank: int, world_size: int) -> tuple[int, int]:
     """The most bytes of full gradients alive when a bucket is packed, beside its own, and of one bucket."""
     model = layers(12, 32, torch.float32)
@@ -71,9 +95,9 @@ def passing(rank: int, world_size: int) -> tuple[int, int]:
     opt = shard(fastopt.Adam(model.parameters()), model, bucket_bytes=size)
     packed: list[weakref.ref[Tensor]] = []
     most = [0]
-    real = transport.GroupTransport.empty
+    real = transport.GroupTransport.passing
 
-    def empty(self: transport.GroupTransport, numel: int, like: Tensor) -> Tensor:
+    def sent(self: transport.GroupTransport, numel: int, like: Tensor) -> Tensor:
         in_flight = sum(t.nbytes for each in packed if (t := each()) is not None)
         made = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         most[0] = max(most[0], in_flight + made)
@@ -82,7 +106,7 @@ def passing(rank: int, world_size: int) -> tuple[int, int]:
         return buffer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transport.GroupTransport, "empty", empty)
+        patch.setattr(transport.GroupTransport, "passing", sent)
         model(torch.ones(1, 32)).sum().backward()
     assert len(packed) == 4
     assert all(p.grad is None for p in model.parameters())

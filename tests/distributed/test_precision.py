@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed import RanksDiffer, scaling, shard
 
 from .problems import SHAPES, Model, assert_same_run, average, feed, gradient, members, set_average
 from .test_wire import counted
@@ -214,3 +215,11 @@ def accumulated(rank: int, world_size: int) -> None:
 
 def test_accumulation_in_float32(ranks: Any) -> None:
     ranks(2).run(accumulated)
+
+
+def test_the_scalers_method_that_is_replaced_is_the_one_that_was_read() -> None:
+    """There is no public way: `GradScaler` looks into `p.grad` itself. This tells if PyTorch changes how."""
+    replaced = scaling._in_place
+    assert list(inspect.signature(replaced).parameters) == ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]
+    for caller in (torch.amp.GradScaler.unscale_, torch.amp.GradScaler._check_inf_per_device):
+        assert "_unscale_grads_" in caller.__code__.co_names

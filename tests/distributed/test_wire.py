@@ -17,14 +17,14 @@ from fastopt.distributed import shard, transport
 from .problems import EVERY, Model, feed, members
 
 WATCHED = {
-    transport: ("_reduce_scatter", "_all_gather"),
+    transport: ("_reduce_scatter", "_all_gather", "_all_gather_several"),
     dist: (
         *("all_reduce", "reduce", "broadcast", "gather", "scatter", "all_gather", "all_gather_object", "all_to_all"),
         *("all_to_all_single", "gather_object", "broadcast_object_list", "send", "recv", "barrier", "reduce_scatter"),
     ),
 }
-LARGER = {"_reduce_scatter": 1, "_all_gather": 0}
-"""Which argument is the whole buffer, of which (N-1)/N go out from every rank."""
+LARGER = {"_reduce_scatter": 1, "_all_gather": 0, "_all_gather_several": 1}
+"""Which argument is the whole buffer (or several), of which (N-1)/N go out from every rank."""
 
 
 @contextmanager
@@ -36,6 +36,9 @@ def counted() -> Iterator[list[tuple[str, int]]]:
     def spy(name: str, real: Any) -> Any:
         def called(*args: Any, **kwargs: Any) -> Any:
             buffer = args[LARGER.get(name, 0)]
+            if name == "_all_gather_several":
+                calls.append(("all_gather", sum(each.nbytes for each in buffer)))
+                return real(*args, **kwargs)
             size = buffer.numel() * buffer.element_size() if isinstance(buffer, Tensor) else -1
             control = isinstance(buffer, Tensor) and buffer.dtype == torch.uint8
             calls.append(("control" if control else name.strip("_"), size))
@@ -65,8 +68,8 @@ def backward(model: Model) -> None:
 
 def header(world_size: int, flags: int, first: bool = True) -> int:
     """Bytes that the headers of all parts of a float32 bucket add: a flag per parameter, and the digests."""
-    # Four places, three flags, two digests of 32 bits and their complements; in units of 16 bytes.
-    numbers = flags + (4 + 3 + 2 * 2 * 32 if first else 0)
+    # Four places, four flags, two digests of 32 bits and their complements; in units of 16 bytes.
+    numbers = flags + (4 + 4 + 2 * 2 * 32 if first else 0)
     return world_size * 16 * -(-numbers // 4)
 
 

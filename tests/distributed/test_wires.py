@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastopt.distributed.buckets import Buffers
 from fastopt.distributed.header import EXTRA, PLACES, decode, encode
 from fastopt.distributed.layout import Layout, ParamSpec
-from fastopt.distributed.packing import own_part, pack, unpack
+from fastopt.distributed.packing import own_part, own_spans, pack, unpack
 from fastopt.distributed.wire import wire_of
 
 from .test_layout import kinds, param_lists, sizes
@@ -70,14 +70,20 @@ def test_parts_of_all_ranks_put_together_are_the_parameters(
                 assert torch.equal(part[start:stop], want if param in active else torch.zeros_like(want))
         assert not full.isnan().any()
         # The parameters' parts, one after the other, and back to their places.
-        whole = torch.cat([own_part(plain, flat.flat, rank) for rank in range(n)])
         before = flat.flat.clone()
+        if kind == "even":
+            spans = plain.spans or ()
+            gathered = [torch.cat(each) for each in zip(*(own_spans(plain, before, r) for r in range(n)), strict=True)]
+        else:
+            spans = ((0, flat.bucket.numel),)
+            gathered = [torch.cat([own_part(plain, flat.flat, rank) for rank in range(n)])]
         for param in plain.params:
             buffers.params[param].zero_()
-        if plain.flat is None:
-            unpack(plain, whole, flat.flat)
+        if plain.spans is None:
+            unpack(plain, gathered[0], flat.flat)
         else:
-            flat.flat[slice(*plain.flat)] = whole
+            for (start, stop), part in zip(spans, gathered, strict=True):
+                flat.flat[start:stop] = part
         assert torch.equal(flat.flat, before)
 
 
@@ -85,7 +91,7 @@ def test_parts_of_all_ranks_put_together_are_the_parameters(
 def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> None:
     alike = encode("backward", False, False, b"1234", b"abcd")
     assert len(alike) == EXTRA
-    other = encode("step", True, True, b"1235", b"abcd")
+    other = encode("step", True, True, b"1235", b"abcd", late=True)
     for n in (1, 2, 1000):
         total = torch.zeros(EXTRA, dtype=dtype)
         for _ in range(n):
@@ -94,10 +100,10 @@ def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> No
         assert verdict.places == {"backward"}
         assert verdict.same_activity
         assert verdict.same_hypers
-        assert (verdict.changed, verdict.unchanged, verdict.problem) == (False, True, False)
+        assert (verdict.changed, verdict.unchanged, verdict.problem, verdict.late) == (False, True, False, False)
         verdict = decode((total + torch.tensor(other, dtype=dtype)).tolist())
         assert verdict.places == {"backward", "step"}
         assert not verdict.same_activity
         assert verdict.same_hypers
-        assert (verdict.changed, verdict.unchanged, verdict.problem) == (True, True, True)
+        assert (verdict.changed, verdict.unchanged, verdict.problem, verdict.late) == (True, True, True, True)
     assert set(PLACES) == {"backward", "unscale_", "clip_grad_norm_", "step"}

@@ -381,7 +381,7 @@ def test_master_weights_of_parts(ranks: Any) -> None:
 def not_for_shard(rank: int, world_size: int) -> None:
     model = Model(SHAPES)
     fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
-    with pytest.raises(ValueError, match=r"'g0.0' is a DTensor: .* without shard\(\)"):
+    with pytest.raises(ValueError, match=r"'g0.0' is a DTensor over .* without shard\(\)"):
         shard(Adam(model.param_groups()), model)
 
 
@@ -404,3 +404,25 @@ def wrapped(rank: int, world_size: int) -> None:
 
 def test_a_wrapped_torch_optimizer_has_dtensors_as_torch_has(ranks: Any) -> None:
     ranks(2).run(wrapped)
+
+
+def not_replayed(rank: int, world_size: int) -> None:
+    """A replay is of parts, too, and what cannot be replayed says why; nothing moves."""
+    for build, why in (
+        (Adam, "only steps of the executor triton"),
+        (lambda g: OptimWrapper(torch.optim.SGD(g, lr=0.1)), "only steps of the executor triton"),
+        (muon, "gathers DTensors one by one"),
+    ):
+        model = Model(SHAPES)
+        fully_shard(model, mesh=init_device_mesh("cpu", (world_size,)))
+        opt = build(model.param_groups())
+        before = [p._local_tensor.clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match=why):
+            opt.prepare_replay()
+        assert all(torch.equal(p._local_tensor, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_what_cannot_be_replayed_says_why(ranks: Any) -> None:
+    ranks(2).run(not_replayed)

@@ -100,3 +100,45 @@ def mixed(rank: int, world_size: int) -> float:
 
 def test_training_in_mixed_precision(ranks: Any) -> None:
     assert max(ranks(2).run(mixed, timeout=120)) < 0.9
+
+
+def captured(rank: int, world_size: int, build: Any) -> None:
+    """A captured step on parts follows the hypers and the step count, as one process does."""
+    mesh = nccl_mesh(rank)
+    model, reference = Model(SHAPES).cuda(), Model(SHAPES).cuda()
+    fully_shard(model, mesh=mesh)
+    opt, plain = build(model.param_groups()), build(reference.param_groups())
+    for each in (opt, plain):
+        set_grads(each, 0)
+    with pytest.raises(RuntimeError, match="capture"):
+        opt.prepare_replay()
+
+    def gradients_of(step: int) -> None:
+        for i, (p, q) in enumerate(zip(members(opt), members(plain), strict=True)):
+            full = average(step, i, range(4), 4, torch.empty(q.shape)).cuda()
+            q.grad.copy_(full)
+            spread: Any = distribute_tensor(full, p.device_mesh, p.placements)
+            p.grad._local_tensor.copy_(spread._local_tensor)
+
+    for step in range(3):
+        gradients_of(step)
+        opt.step()
+        plain.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    for step in range(3, 7):
+        gradients_of(step)
+        for each in (opt, plain):
+            each.set_hyper("lr", 0.1 / step)
+        opt.prepare_replay()
+        graph.replay()
+        plain.step()
+        for p, q in zip(members(opt), members(plain), strict=True):
+            torch.testing.assert_close(whole(p), q.detach(), rtol=1e-5, atol=1e-6)
+            assert opt.state[p]["step"] == plain.state[q]["step"] == step + 1
+
+
+@pytest.mark.parametrize("build", [fastopt.Adam, fastopt.Lamb])
+def test_a_captured_step_on_parts(ranks: Any, build: Any) -> None:
+    ranks(2).run(captured, build, timeout=120)

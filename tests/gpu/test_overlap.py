@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 import fastopt
 from fastopt.distributed import shard
@@ -134,6 +135,40 @@ def memory(rank: int, world_size: int, reduce_dtype: torch.dtype | None) -> tupl
     return between / resident, after / (resident + grads), passing / size
 
 
+def with_groups(rank: int, world_size: int, groups: int) -> tuple[int, int, list[Tensor]]:
+    """Bytes allocated and at most, from the end of a step on, before anything waits; and the parameters."""
+    group = on_gpus(rank)
+    gc.collect()
+    torch.cuda.synchronize()
+    start = torch.cuda.memory_allocated()
+    model = stack(512, 64)
+    params = list(model.parameters())
+    cut = [params[i * 64 // groups : (i + 1) * 64 // groups] for i in range(groups)]
+    opt = shard(fastopt.Adam(cut, lr=1e-3), model, group=group, bucket_bytes=512 * 512 * 2 * 16, master_weights=True)
+    x = torch.randn(16, 512, device="cuda", dtype=torch.bfloat16)
+    most = 0
+    for _ in range(3):
+        model(x).square().mean().backward()
+        torch.cuda.synchronize()
+        opt.zero_grad()
+        model(x).square().mean().backward()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        opt.step()
+        most = torch.cuda.max_memory_allocated() - before
+    after = torch.cuda.memory_allocated() - start
+    opt.synchronize()
+    return after, most, [p.detach().cpu() for p in params]
+
+
+def test_many_groups_need_no_more_memory_than_one(ranks: Any) -> None:
+    one, many = ranks(2).run(with_groups, 1)[0], ranks(2).run(with_groups, 64)[0]
+    assert many[0] <= 1.001 * one[0]
+    assert many[1] <= one[1] + 2**20
+    assert all(map(torch.equal, one[2], many[2]))
+
+
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32], ids=["by NCCL", "in float32"])
 def test_memory_is_that_of_the_formula(ranks: Any, reduce_dtype: Any) -> None:
     for between, after, passing in ranks(2).run(memory, reduce_dtype, timeout=120):
@@ -169,6 +204,40 @@ def against_one_process(rank: int, world_size: int) -> float:
 
 def test_freezing_with_overlap_equals_one_process(ranks: Any) -> None:
     assert max(ranks(2).run(against_one_process, timeout=120)) < 1e-4
+
+
+def in_backward(rank: int, world_size: int) -> None:
+    """Stepping in backward, with the first layer recomputed there, gives the bits of a step after backward."""
+    group = on_gpus(rank)
+    runs = []
+    for stepping in (False, True):
+        model = stack(512, 12)
+        opt = shard(
+            fastopt.Adam(model.parameters(), lr=1e-3),
+            model,
+            group=group,
+            master_weights=True,
+            bucket_bytes=2**19,
+            step_in_backward=stepping,
+        )
+        for step in range(8):
+            x = torch.randn(64, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(2 * step + rank))
+            hidden = checkpoint(model[:2], x.bfloat16().requires_grad_(), use_reentrant=False)
+            model[2:](hidden).square().mean().backward()
+            opt.step()
+            # What is read right after a step is what it has left.
+            averages = [opt.state[p]["grad_avg"].clone() for p in model.parameters()]
+            opt.zero_grad()
+        opt.synchronize()
+        torch.cuda.synchronize()
+        states = [opt.state[p]["grad_avg"] for p in model.parameters()]
+        assert all(map(torch.equal, averages, states))
+        runs.append([value.cpu() for value in (*model.state_dict().values(), *states)])
+    assert all(map(torch.equal, *runs))
+
+
+def test_stepping_in_backward_gives_the_same_bits(ranks: Any) -> None:
+    ranks(2).run(in_backward, timeout=120)
 
 
 def scaled(rank: int, world_size: int) -> list[float]:

@@ -6,7 +6,6 @@ Each is a function from a `Setting` to one or several named iterations, which sh
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +106,21 @@ def stage_2_groups(s: Setting) -> Iterations:
 def stage_2_in_backward(s: Setting) -> Iterations:
     """Each bucket steps as soon as it is reduced."""
     model, name = s.model(), f"{OURS}, stepping in backward"
-    options = accepted(shard, step_in_backward=True)
-    return {name: _ours(s, shard(_adam(model.parameters()), model, stage=2, **options), model, name)[name]}
+    opt = shard(_adam(model.parameters()), model, stage=2, step_in_backward=True)
+    return {name: _ours(s, opt, model, name)[name]}
+
+
+def stage_2_copies(s: Setting) -> Iterations:
+    """Buckets moved by copies between the GPUs instead of by NCCL."""
+    model, name = s.model(), f"{OURS}, copies"
+    return _ours(s, shard(_adam(model.parameters()), model, stage=2, transport="copy"), model, name)
+
+
+def stage_2_copies_in_backward(s: Setting) -> Iterations:
+    """Both."""
+    model, name = s.model(), f"{OURS}, copies, stepping in backward"
+    opt = shard(_adam(model.parameters()), model, stage=2, transport="copy", step_in_backward=True)
+    return {name: _ours(s, opt, model, name)[name]}
 
 
 def stage_2_float32_sums(s: Setting) -> Iterations:
@@ -269,28 +281,18 @@ def megatron(s: Setting) -> Iterations:
     return {"Megatron-Core distributed optimizer": iterate}
 
 
-def accepted(function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """`options`, if `function` takes all of them.
-
-    Raises:
-        NotImplementedError: it does not.
-    """
-    missing = sorted(options.keys() - inspect.signature(function).parameters.keys())
-    if missing:
-        raise NotImplementedError(f"{function.__name__} has no {missing[0]}=")
-    return options
-
-
 def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
 def builders(device: torch.device) -> dict[str, Callable[[Setting], Iterations]]:
     """All of them by the name for the command line, those of packages that are not installed left out."""
+    on_gpu = device.type == "cuda"
     found: dict[str, Callable[[Setting], Iterations]] = {
         "stage2": stage_2,
         "groups": stage_2_groups,
         "in-backward": stage_2_in_backward,
+        **({"copies": stage_2_copies, "copies-in-backward": stage_2_copies_in_backward} if on_gpu else {}),
         "float32-sums": stage_2_float32_sums,
         "stage1": stage_1,
         "ddp-bf16": ddp_bfloat16,
