@@ -18,7 +18,15 @@ _LARGEST_MANIFEST = 1 << 30  # bytes
 
 @dataclass(frozen=True)
 class Entry:
-    """A complete checkpoint: its step, the URL of its folder, when and by how many ranks it was saved, its bytes."""
+    """A complete checkpoint.
+
+    Attributes:
+        step: of the checkpoint.
+        url: of its folder.
+        created: when it was saved, UTC, `2026-01-31T12:00:00Z`.
+        world_size: by how many ranks.
+        nbytes: bytes of all its data files.
+    """
 
     step: int
     url: str

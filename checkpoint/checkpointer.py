@@ -63,16 +63,18 @@ class Checkpointer:
                 if step % 1000 == 0:
                     checkpoints.save(step, model=model, opt=opt)
 
-    keep_last: complete checkpoints to keep (None keeps all). keep_every: those that are the first from a multiple of so
-    many steps on stay for good. What another checkpoint takes files from stays as well.
-    asynchronous: `save` returns when this rank's share has been copied; False waits until it is on disk.
-    staging: most bytes of such copies on this rank (None: as many as needed). What does not fit is written before
-    `save` returns.
-    reuse: see `fastopt.checkpoint.save`.
-    group: the ranks that save together, all of which must make the same calls (default: the default group).
-
     Making one is collective where `asynchronous`. Call `close` (or leave the `with` block) before the process group is
     destroyed.
+
+    Args:
+        url: the root of the checkpoints.
+        keep_last: complete checkpoints to keep (None keeps all). What another checkpoint takes files from stays too.
+        keep_every: those that are the first from a multiple of so many steps on stay for good.
+        asynchronous: `save` returns when this rank's share has been copied; False waits until it is on disk.
+        staging: most bytes of such copies on this rank (None: as many as needed). What does not fit is written before
+            `save` returns.
+        reuse: see `fastopt.checkpoint.save`.
+        group: the ranks that save together, all of which must make the same calls (default: the default group).
     """
 
     def __init__(

@@ -39,9 +39,16 @@ _log = logging.getLogger("fastopt.checkpoint")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was loaded: its step, the URL of its folder, when and by how many ranks it was saved, the user's extra.
+    """What was loaded.
 
-    report: with `strict=False`, what did not fit. skipped: newer checkpoints that could not be loaded, and why.
+    Attributes:
+        step: of the checkpoint.
+        url: of its folder.
+        created: when it was saved, UTC, `2026-01-31T12:00:00Z`.
+        world_size: by how many ranks.
+        extra: the user's JSON.
+        report: with `strict=False`, what did not fit, a sentence each.
+        skipped: newer checkpoints that could not be loaded, and why.
     """
 
     step: int
@@ -74,21 +81,33 @@ def load(
     The number of ranks may differ from that at saving, and so may the order and the split of parameter groups:
     parameters are known by name, groups by their members. Every rank reads only what it holds.
 
-    strict: names and shapes must fit, else CheckpointError lists what is missing, unexpected or different. With False,
-    for transfer to another model or other groups, what does not fit stays as it is and is listed in `report`.
-    cast: floating-point tensors of the model may be stored in another floating-point dtype. States keep the dtype that
-    they were saved in.
-    rng: restore the random generators. Rank r takes those of rank r of the job that saved; a rank that this job did not
-    have is seeded from the checkpoint and its rank, the same way each time.
-    on_corrupt: what to do where the newest checkpoint turns out to be damaged: take the one before, with a warning on
-    every rank, or raise. A `step` that was asked for is never replaced by another.
-    staging: most bytes of copies of live tensors that this rank may hold until all ranks have read theirs (default: a
-    quarter of the free memory, shared by the ranks of this machine). Beyond it nothing is copied; the files are read
-    twice instead, first to verify them.
+    Collective: every rank of `group` must call it.
 
-    Collective: every rank of `group` (default: the default group, or this process alone) must call it. On an error on
-    any rank every rank raises CheckpointError, and all objects are as they were. Only where a file that has just been
-    verified can no longer be read the second time, the error says that they are partly loaded.
+    Args:
+        url: the root, a path or any fsspec URL.
+        model: takes parameters and buffers.
+        opt: takes groups, hyper-parameters, freezing and states.
+        scheduler: anything with `load_state_dict`, such as an LRScheduler; likewise `scaler` and `loader`.
+        scaler: a GradScaler.
+        loader: the position in the data.
+        step: which checkpoint; it is never replaced by another one.
+        strict: names and shapes must fit, else the error lists what is missing, unexpected or different. With False,
+            for transfer to another model or other groups, what does not fit stays as it is and is listed in `report`.
+        cast: floating-point tensors of the model may be stored in another floating-point dtype. States keep the dtype
+            that they were saved in.
+        rng: restore the random generators. Rank r takes those of rank r of the job that saved; a rank that this job did
+            not have is seeded from the checkpoint and its rank, the same way each time.
+        on_corrupt: what to do where the newest checkpoint turns out to be damaged: take the one before, with a warning
+            on every rank, or raise.
+        staging: most bytes of copies of live tensors that this rank may hold until all ranks have read theirs (default:
+            a quarter of the free memory, shared by the ranks of this machine). Beyond it nothing is copied; the files
+            are read twice instead, first to verify them.
+        group: the ranks that load together (default: the default group, or this process alone).
+
+    Raises:
+        CheckpointError: on every rank where anything fails on one; all objects are as they were. Only where a file that
+            has just been verified can no longer be read the second time, the error says that they are partly loaded.
+        StorageError: the storage is out of reach.
     """
     if on_corrupt not in ("previous", "raise"):
         raise ValueError(f"on_corrupt is 'previous' or 'raise', got {on_corrupt!r}")

@@ -49,14 +49,17 @@ def prune(
 ) -> list[int]:
     """Remove checkpoints that are no longer needed, and leftovers of saves that died; the steps removed.
 
-    keep_last (or `keep`, at least 1): the newest complete checkpoints stay.
-    keep_every: so does, for good, the first one at or after every multiple of so many steps.
-    The newest one that `verify` found sound stays too, and all that those which stay take files from.
-    grace: seconds; files of an unfinished save younger than that (by the storage's clock, counted back from the newest
-    file under `url`) are left alone, since the save may be running.
+    The newest one that `verify` found sound stays, and all that those which stay take files from. What is not a
+    complete checkpoint is left alone, and so is every file that is not ours. To be called after a save has returned.
+    Only rank 0 of the default group does anything. Not collective.
 
-    To be called after a save has returned. Only rank 0 of the default group does anything. Not collective.
-    What is not a complete checkpoint is left alone, and so is every file that is not ours.
+    Args:
+        url: the root of the checkpoints.
+        keep: the same as `keep_last`.
+        keep_last: so many of the newest complete checkpoints stay, at least 1.
+        keep_every: so does, for good, the first one at or after every multiple of so many steps.
+        grace: seconds; files of an unfinished save younger than that (by the storage's clock, counted back from the
+            newest file under `url`) are left alone, since the save may be running.
     """
     if (keep is None) == (keep_last is None):
         raise ValueError("prune needs keep_last, the number of newest checkpoints to keep")

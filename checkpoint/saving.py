@@ -103,17 +103,28 @@ def save(
     `save(url, step=, ...)` saves the objects given; `save(state_dict, url)` the state dict of an optimizer, sharded or
     not, or of a model, to be read with `fastopt.checkpoint.open` (without `step` as the step after the newest).
 
-    model: its parameters and buffers, as its state dict names them (buffers may differ between ranks: those of rank 0
-    are saved). opt: groups, hyper-parameters, freezing and states.
-    scheduler, scaler: anything with a state_dict of plain values, such as an LRScheduler and a GradScaler.
-    loader: the same for the position in the data, which may differ between ranks. extra: JSON, taken from rank 0.
-    The random generators of every rank are saved too.
-    reuse: files in which nothing has changed since the newest checkpoint before, such as those of frozen groups, are
-    not written again; the manifest names the earlier ones, so the step folders then belong together.
+    The random generators of every rank are saved too. Collective: every rank of `group` must call it. When it returns,
+    the checkpoint is complete and on disk. A step is never overwritten.
 
-    Collective: every rank of `group` (default: the default group, or this process alone) must call it. When it returns,
-    the checkpoint is complete and on disk. Raises CheckpointError on every rank where anything fails on one; then the
-    checkpoints before are as they were and this one does not exist. A step is never overwritten.
+    Args:
+        what: the root, or a state dict.
+        url: the root, after a state dict.
+        step: of the checkpoint, from 0.
+        model: its parameters and buffers, as its state dict names them. Buffers may differ between ranks: those of rank
+            0 are saved.
+        opt: its groups, hyper-parameters, freezing and states.
+        scheduler: anything with a state_dict of plain values, such as an LRScheduler.
+        scaler: the same, such as a GradScaler.
+        loader: the same for the position in the data, which may differ between ranks.
+        extra: JSON, taken from rank 0.
+        reuse: files in which nothing has changed since the newest checkpoint before, such as those of frozen groups,
+            are not written again; the manifest names the earlier ones, so the step folders then belong together.
+        group: the ranks that save together (default: the default group, or this process alone).
+
+    Raises:
+        CheckpointError: on every rank where anything fails on one; then the checkpoints before are as they were and
+            this one does not exist.
+        StorageError: the storage is out of reach.
     """
     peers = Peers(group)
     if isinstance(what, Mapping):

@@ -28,7 +28,15 @@ _READ_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found: step, URL of its folder, files and bytes that were read, and what is wrong, a sentence each."""
+    """What was found.
+
+    Attributes:
+        step: of the checkpoint.
+        url: of its folder.
+        files: how many were read.
+        nbytes: bytes that were read.
+        problems: what is wrong, a sentence each.
+    """
 
     step: int
     url: str
@@ -47,10 +55,18 @@ def verify(
 ) -> Verified:
     """Read all of the checkpoint of `step` (default: the newest complete one) under `url` and check every byte.
 
-    mark: leave a note beside a sound one, so that `prune` never removes the newest of these, and beside a damaged one,
-    which then counts as not complete; where the storage cannot be written to there is none. A checkpoint that is not
-    complete is a problem and no error. Not collective.
-    Raises CheckpointError where there is none, StorageError where the storage is out of reach.
+    A checkpoint that is not complete is a problem and no error. Not collective.
+
+    Args:
+        url: the root of the checkpoints.
+        step: which one.
+        progress: called with the bytes that have been read, and all there are.
+        mark: leave a note beside a sound one, so that `prune` never removes the newest of these, and beside a damaged
+            one, which then counts as not complete; where the storage cannot be written to there is none.
+
+    Raises:
+        CheckpointError: there is none.
+        StorageError: the storage is out of reach.
     """
     storage = open_storage(url)
     if step is None:

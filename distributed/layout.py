@@ -219,7 +219,15 @@ class Layout:
 
     @classmethod
     def even(cls, params: Iterable[ParamSpec], world_size: int, bucket_bytes: int | None = None) -> Layout:
-        """Every bucket split evenly: for chains of elementwise cbs and chains whose only coupling is a norm."""
+        """Every bucket split evenly: for chains of elementwise cbs and chains whose only coupling is a norm.
+
+        Examples:
+            >>> import torch
+            >>> spec = ParamSpec("weight", (8, 8), torch.float32, group=0)
+            >>> layout = Layout.even([spec], world_size=4)
+            >>> [layout.interval(0, rank) for rank in range(4)]
+            [(0, 16), (16, 32), (32, 48), (48, 64)]
+        """
         return cls.make("even", params, world_size, bucket_bytes)
 
     @classmethod

@@ -106,6 +106,14 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the number of values is not the number of groups, or a value is out of range.
+
+        Examples:
+            >>> from fastopt import Adam
+            >>> from torch import ones
+            >>> opt = Adam([[ones(1)], [ones(1)], [ones(1)]])
+            >>> opt.set_hyper("lr", slice(1e-2))
+            >>> [hyper["lr"] for hyper in opt.hypers]
+            [0.001, 0.001, 0.01]
         """
         self.set_hypers(**{k: v})
 

@@ -62,7 +62,16 @@ def _grad(p: Tensor) -> Tensor:
 
 @declare("elementwise")
 def sgd_step(p: Tensor, lr: Scalar, **kwargs: Any) -> None:
-    """Gradient descent: p <- p - lr * g."""
+    """Gradient descent: p <- p - lr * g.
+
+    Examples:
+        >>> import torch
+        >>> p = torch.tensor([1.0])
+        >>> p.grad = torch.tensor([0.5])
+        >>> sgd_step(p, lr=0.5)
+        >>> p
+        tensor([0.7500])
+    """
     _add_scaled(p.data, _grad(p), -lr)
 
 
@@ -126,6 +135,10 @@ def debias(mom: Scalar, damp: Scalar, step: int) -> Scalar:
     """What an average with factor `mom` and weight `damp` of the new value has summed up to after `step` steps.
 
     damp * (1 - mom^step) / (1 - mom), which is 1 - mom^step where `damp` is 1 - mom.
+
+    Examples:
+        >>> debias(mom=0.5, damp=0.5, step=2)
+        0.75
     """
     return damp * (1 - mom**step) / (1 - mom)
 

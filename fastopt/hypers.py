@@ -42,7 +42,12 @@ def check_name(name: str) -> None:
 
 
 def detuplify_pg(d: Mapping[str, Any]) -> Group:
-    """The entries of a torch parameter group without `params`, every tuple `name` spread into `name__0`, `name__1`."""
+    """The entries of a torch parameter group without `params`, every tuple `name` spread into `name__0`, `name__1`.
+
+    Examples:
+        >>> detuplify_pg({"lr": 0.01, "betas": (0.9, 0.99), "params": [1, 2]})
+        {'lr': 0.01, 'betas__0': 0.9, 'betas__1': 0.99}
+    """
     spread: Group = {}
     for key, value in d.items():
         if key == "params":
@@ -55,7 +60,12 @@ def detuplify_pg(d: Mapping[str, Any]) -> Group:
 
 
 def set_item_pg(pg: MutableMapping[str, Any], k: str, v: Any) -> MutableMapping[str, Any]:
-    """Set entry `k` of a torch parameter group; `name__i` replaces item `i` of the tuple `name`. Returns `pg`."""
+    """Set entry `k` of a torch parameter group; `name__i` replaces item `i` of the tuple `name`. Returns `pg`.
+
+    Examples:
+        >>> set_item_pg({"betas": (0.9, 0.99)}, "betas__1", 0.999)
+        {'betas': (0.9, 0.999)}
+    """
     name, separator, index = k.partition("__")
     if not separator:
         pg[k] = v

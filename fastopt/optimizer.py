@@ -37,6 +37,16 @@ class Optimizer(_BaseOptimizer):
 
     Raises:
         TypeError, ValueError: parameters, groups or hyper-parameters that cannot be used, named in the message.
+
+    Examples:
+        >>> import torch
+        >>> from fastopt import Optimizer, sgd_step
+        >>> p, q = torch.ones(2), torch.ones(2)
+        >>> p.grad = q.grad = torch.tensor([1.0, 2.0])
+        >>> opt = Optimizer([[p], [q]], sgd_step, lr=slice(0.1, 0.2))
+        >>> opt.step()
+        >>> p, q
+        (tensor([0.9000, 0.8000]), tensor([0.8000, 0.6000]))
     """
 
     _kept: ClassVar[tuple[str, ...]] = (

@@ -3,7 +3,8 @@
 Common arguments: `params` as for `Optimizer`; `lr`, `mom`, `wd`, ... a number, one per group or a slice; `decouple_wd`
 chooses `weight_decay` (the parameter is decayed) or `l2_reg` (the gradient is); `betas`, `momentum`, `alpha` and
 `weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine` and
-`master_weights` as for `Optimizer`.
+`master_weights` as for `Optimizer`. States have the shape and dtype of their parameter. A value out of range, or one
+given in both spellings, is a `ValueError` that names the hyper-parameter and the group.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def _any_momentum(params: Any, mom: Any) -> tuple[list[Group], bool]:
 class SGD(NamedOptimizer):
     """Stochastic gradient descent, with momentum if `mom` is not 0: a <- m a + g, p <- p - lr a.
 
-    Differs from torch.optim.SGD: weight decay is decoupled by default; no nesterov.
+    Keeps `grad_avg` if there is momentum. Differs from torch.optim.SGD: weight decay is decoupled by default; no
+    nesterov.
     """
 
     hp_map: Mapping[str, str] = _MOMENTUM
@@ -112,7 +114,8 @@ class SGD(NamedOptimizer):
 class RMSProp(NamedOptimizer):
     """RMSProp (Hinton's lecture 6), with momentum on the gradient if `mom` is not 0: p <- p - lr a / (sqrt(v) + eps).
 
-    Differs from torch.optim.RMSprop: momentum averages the gradient, not the update; not centered.
+    Keeps `sqr_avg`, and `grad_avg` if there is momentum. Differs from torch.optim.RMSprop: momentum averages the
+    gradient, not the update; not centered.
     """
 
     hp_map: Mapping[str, str] = {**_MOMENTUM, "alpha": "sqr_mom"}
@@ -154,7 +157,8 @@ class Adam(NamedOptimizer):
     """Adam (https://arxiv.org/abs/1412.6980) with decoupled weight decay by default (AdamW).
 
     p <- p (1 - lr wd), then p <- p - lr/(1-m^t) a / (sqrt(v/(1-s^t)) + eps).
-    Differs from torch.optim.AdamW in the defaults: sqr_mom (beta2) is 0.99 and eps 1e-5.
+    Keeps `grad_avg`, `sqr_avg` (8 bytes per parameter in float32) and the number `step`. Differs from torch.optim.AdamW
+    in the defaults: sqr_mom (beta2) is 0.99 and eps 1e-5.
     """
 
     hp_map: Mapping[str, str] = _BETAS
@@ -183,7 +187,10 @@ class Adam(NamedOptimizer):
 
 
 class RAdam(NamedOptimizer):
-    """Rectified Adam (https://arxiv.org/abs/1908.03265); `beta` turns on the softplus of SAdam (1908.00700)."""
+    """Rectified Adam (https://arxiv.org/abs/1908.03265); `beta` turns on the softplus of SAdam (1908.00700).
+
+    Keeps what Adam keeps. The formula is that of `radam_step`.
+    """
 
     hp_map: Mapping[str, str] = _BETAS
 
@@ -221,7 +228,11 @@ class RAdam(NamedOptimizer):
 
 
 class QHAdam(NamedOptimizer):
-    """Quasi-hyperbolic Adam (https://arxiv.org/abs/1810.06801); equals Adam where nu_1 = nu_2 = 1."""
+    """Quasi-hyperbolic Adam (https://arxiv.org/abs/1810.06801); equals Adam where nu_1 = nu_2 = 1.
+
+    `nu_1` and `nu_2` are the shares of the averages beside the gradient and its square. Keeps what Adam keeps. The
+    formula is that of `qhadam_step`.
+    """
 
     hp_map: Mapping[str, str] = _BETAS
 
@@ -252,7 +263,8 @@ class QHAdam(NamedOptimizer):
 class Larc(NamedOptimizer):
     """LARC, a learning rate per layer of at most `lr` (`clip=False`: LARS, https://arxiv.org/abs/1708.03888).
 
-    local = lr trust_coeff |p| / (|g| + wd |p| + eps), p <- p - local a, norms over the whole parameter.
+    local = lr trust_coeff |p| / (|g| + wd |p| + eps), p <- p - local a, norms over the whole parameter. Keeps
+    `local_lr` (0-d), and `grad_avg` if there is momentum.
     """
 
     hp_map: Mapping[str, str] = _MOMENTUM
@@ -294,7 +306,7 @@ class Larc(NamedOptimizer):
 class Lamb(NamedOptimizer):
     """LAMB (https://arxiv.org/abs/1904.00962): Adam's update scaled by rms(p)/rms(update), at most 10.
 
-    Differs from the paper: decoupled weight decay is not part of the update whose norm is taken.
+    Keeps what Adam keeps. Differs from the paper: decoupled weight decay is not part of the update whose norm is taken.
     """
 
     hp_map: Mapping[str, str] = _BETAS

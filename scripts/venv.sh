@@ -1,4 +1,4 @@
-# Sourced by scripts/test and scripts/train, with the argument
+# Sourced by scripts/test, scripts/train and scripts/docs, with the argument
 #   dev      for `.venv`, which has what is needed to develop, or
 #   clients  for `.venv-clients`, which has the libraries that tests/clients drives.
 # Makes that environment of this checkout, or brings it up to date, and sets

@@ -22,7 +22,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python under its heading of the second level. `kind` is what follows the language, as in "torchrun"."""
+    """A block of Python under its heading of the second level. `kind` is what follows the language: "torchrun"."""
 
     section: str
     kind: str

@@ -1,6 +1,6 @@
 """Stage 3: PyTorch's fully_shard spreads parameters, gradients and state; the optimizer steps the parts.
 
-    torchrun --nproc-per-node=2 fully_sharded.py /tmp/run
+torchrun --nproc-per-node=2 fully_sharded.py /tmp/run
 """
 
 import sys

@@ -1,7 +1,7 @@
 """Many ranks, saved in the background, resumed on any number of ranks.
 
-    torchrun --nproc-per-node=2 many_ranks.py /tmp/run   # steps 1 to 10
-    torchrun --nproc-per-node=3 many_ranks.py /tmp/run   # steps 11 to 20
+torchrun --nproc-per-node=2 many_ranks.py /tmp/run   # steps 1 to 10
+torchrun --nproc-per-node=3 many_ranks.py /tmp/run   # steps 11 to 20
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A reader of checkpoints that needs neither fastopt nor torch: json, struct, numpy and xxhash.
 
-    python read_checkpoint.py /tmp/run/step-00000010
+python read_checkpoint.py /tmp/run/step-00000010
 """
 
 import base64
@@ -66,7 +66,7 @@ def read_tensors(folder, manifest):
                 flat[first : first + count] = take(file + i * files_on, count, width).reshape(-1, width)
         whole = flat.reshape(*shape, width)
         for file, offset, extent in tensor.get("boxes", []):
-            box = tuple(slice(o, o + n) for o, n in zip(offset, extent))
+            box = tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))
             whole[box] = take(file, math.prod(extent), width).reshape(*extent, width)
         tensors[key] = whole
     if cursor != [len(data) for data in files]:
@@ -93,7 +93,10 @@ def value(stored):
         return stored["dtype"], stored["shape"], base64.b64decode(content)
     if kind == "array":
         return np.frombuffer(base64.b64decode(content), stored["dtype"]).reshape(stored["shape"])
-    return {"tuple": tuple, "set": set, "dict": dict, "counter": lambda pairs: Counter(dict(pairs))}[kind](value(content))
+    items = value(content)
+    if kind in ("dict", "counter"):
+        return dict(items) if kind == "dict" else Counter(dict(items))
+    return {"tuple": tuple, "set": set}[kind](items)
 
 
 def state_key(name, key):

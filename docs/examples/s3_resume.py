@@ -1,7 +1,7 @@
 """Checkpoints on S3. Run it as often as you like: each run goes on where the one before stopped.
 
-    export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=...
-    python s3_resume.py s3://bucket/run   # or torchrun --nproc-per-node=2 s3_resume.py s3://bucket/run
+export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_DEFAULT_REGION=...
+python s3_resume.py s3://bucket/run   # or torchrun --nproc-per-node=2 s3_resume.py s3://bucket/run
 """
 
 import os
@@ -31,6 +31,6 @@ for _ in range(5):
     opt.zero_grad()
 save(url, step=done + 5, model=model, opt=opt, scheduler=schedule, extra={"by": "s3_resume.py"})
 
-print(f"steps {done + 1} to {done + 5}, lr {opt.hypers[0]['lr']:g}; on S3: {[entry.step for entry in steps(url)]}", flush=True)
+print(f"steps {done + 1} to {done + 5}, lr {opt.hypers[0]['lr']:g}; on S3: {steps(url)}", flush=True)
 if dist.is_initialized():
     dist.destroy_process_group()

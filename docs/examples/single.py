@@ -8,8 +8,8 @@ from fastopt import Adam
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 1))
 body, head = model[0].parameters(), model[2].parameters()
-opt = Adam([body, head], lr=slice(1e-3, 1e-2), wd=0.01)
-schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=[1e-3, 1e-2], total_steps=200)
+opt = Adam([body, head], lr=slice(3e-3, 3e-2), wd=0.01)
+schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=[3e-3, 3e-2], total_steps=200)
 
 opt.freeze()  # trains the last group only
 for step in range(200):

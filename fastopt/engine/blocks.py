@@ -224,10 +224,12 @@ class _Source:
             for used in {*node.values(), i}:
                 if used in held and last_use.get(used, -1) <= position:
                     free[self.program.nodes[used].dtype].append(held.pop(used))
+        # before the stores: what was loaded is there no longer after them
+        lines.append(f"    partials = [{', '.join(self._partial(i) for i in self.phase.reductions)}]")
         for out_ in self.phase.stores:
             if self.direct.get(out_.value) != out_.place:
                 lines.append(f"    {self.index[out_.place]}.copy_({self._value(out_.value)})")
-        lines.append(f"    return [{', '.join(self._partial(i) for i in self.phase.reductions)}]")
+        lines.append("    return partials")
         exec("\n".join(lines), self.scope)
         made: Callable[..., Any] = self.scope["run"]
         return made

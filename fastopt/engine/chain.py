@@ -130,11 +130,15 @@ class Chain:
 
     def known(self, kind: Kind, hypers: Mapping[str, Any], state: Mapping[str, Any]) -> Row | None:
         """As `lookup`, from the recordings that there are; of the state only the numbers are looked at."""
-        for recorded in self._recorded.get(kind, ()):
+        for recorded in self.recordings(kind):
             values = recorded.evaluate(hypers, state)
             if values is not None:
                 return _row(recorded, kind, *values)
         return None
+
+    def recordings(self, kind: Kind) -> Sequence[Recorded]:
+        """What was recorded for parameters of this kind, one for each way that their numbers led so far."""
+        return self._recorded.get(kind, ())
 
     def programs(self) -> tuple[Program, ...]:
         """The different programs recorded so far."""

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ..state import Entry, ParamState
 from ..watched import Watch, watch_of
-from .chain import Chain, Kind, Row, hypers_kind
+from .chain import Chain, Kind, hypers_kind
 from .columns import NoColumn, columns, evaluate_columns, row_of
 from .look import Looked, grads_of, same, same_members
 from .plan import Cohort
+from .program import Program
 from .recorder import NotRecordable
 from .work import GroupWork
 
@@ -58,6 +59,7 @@ class SteadyCohort:
         self.hypers = list(cohort.hypers)
         self._columns: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._next: Any = None
+        self._recorded = cohort.rows[0].recorded  # the last that was right for columns
         self.owner: ParamState | None = watch_of(states, Entry)  # type: ignore[assignment]
         self._changes = self.owner.changes if self.owner is not None else 0
         cohort.looked = Looked(cohort.params, {f"state {key}": found for key, found in self.tensors.items()})
@@ -101,8 +103,12 @@ class SteadyCohort:
         now = [hypers[group] for group in self.cohort.groups]
         if all(all(map(is_, a.values(), b.values())) for a, b in zip(now, self.hypers, strict=True)):
             return
-        self._leave_columns()
         self.hypers = self.cohort.hypers = now
+        if self._columns is not None:
+            try:
+                self._columns = columns(now), self._columns[1]
+            except (NoColumn, KeyError):
+                self._leave_columns()
 
     def renew(self) -> bool:
         """Compute the scalars for the numbers of this step; False where another recording is needed."""
@@ -115,16 +121,16 @@ class SteadyCohort:
             if row is None:
                 return False
             rows.append(row)
-        if not _only_numbers(row.states for row in rows) or not self._take_program(rows):
+        program = rows[0].recorded.program
+        if any(row.recorded.program is not program or row.recorded.created for row in rows):
+            return False
+        if not _only_numbers(row.states for row in rows) or not self._take(program):
             return False
         self.cohort.rows, self.cohort.table = rows, None
         return True
 
-    def _take_program(self, rows: Sequence[Row]) -> bool:
-        """Step with the program of `rows`; False if they have several, or one that makes new tensors."""
-        program = rows[0].recorded.program
-        if any(row.recorded.program is not program or row.recorded.created for row in rows):
-            return False
+    def _take(self, program: Program) -> bool:
+        """Step with this program from now on; False if it makes new tensors."""
         if program is self.cohort.program:
             return True
         if any(out.fresh for out in program.outputs):
@@ -136,19 +142,25 @@ class SteadyCohort:
         return True
 
     def _renew_columns(self) -> bool:
-        recorded = self.cohort.rows[0].recorded
+        kind = self.cohort.rows[0].kind
         if self._columns is None:
-            if any(row.recorded is not recorded for row in self.cohort.rows):
+            if any(row.kind != kind for row in self.cohort.rows):
                 return False
             try:
                 self._columns = columns(self.hypers), columns(self.numbers)
             except (NoColumn, KeyError):
                 return False
-        found = evaluate_columns(recorded.evaluate_columns, *self._columns, len(self.hypers))
-        if found is None:
-            return False
-        self.cohort.table, self._next = found
-        return True
+        last = self._recorded
+        others = (recorded for recorded in self._chain.recordings(kind) if recorded is not last)
+        for recorded in (last, *others):
+            found = evaluate_columns(recorded.evaluate_columns, *self._columns, len(self.hypers))
+            if found is not None and _numbers_or_columns(found[1]):
+                if recorded.created or not self._take(recorded.program):
+                    return False
+                self.cohort.table, self._next = found
+                self._recorded = recorded
+                return True
+        return False
 
     def _leave_columns(self) -> None:
         """Keep the numbers row by row again."""
@@ -185,6 +197,11 @@ def _only_numbers(states: Any) -> bool:
     """Whether a step puts nothing but ints and floats into the states beside tensors: a bool, a string or None is part
     of the kind of a parameter."""
     return all(type(value) in (int, float) for state in states for value in state.values())
+
+
+def _numbers_or_columns(states: Mapping[str, Any]) -> bool:
+    """The same for the states of many rows."""
+    return all(type(value) in (int, float, np.ndarray) for value in states.values())
 
 
 class Steady:

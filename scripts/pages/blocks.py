@@ -5,6 +5,7 @@ The word after `python` at the head of a block says what is done with it:
     python              runs; shown with its output
     python folded       runs; its output is shown, the code itself is folded away
     python markdown     the same, and what it prints is Markdown
+    python hidden       runs; only its output is shown
     python torchrun     is shown; the tests run it on several ranks
     python excerpt      is shown
 
@@ -52,7 +53,7 @@ STYLE: dict[str, Any] = {
 _COLOURS = ("#2f81f7", "#d9730d", "#3fa35b", "#a855c7", "#c9a227", "#7d7d7d")
 _BLOCK = re.compile(r"^```python(?P<kind>[^\n]*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 _EXAMPLE = re.compile(r"^\[`?[^\]]+`?\]\((?P<path>[\w./-]+\.py)\)$", re.MULTILINE)
-KINDS = ("", "folded", "markdown", "torchrun", "excerpt")
+KINDS = ("", "folded", "markdown", "hidden", "torchrun", "excerpt")
 
 
 class BlockFailed(Exception):
@@ -104,7 +105,8 @@ def _alike(folder: Path) -> Iterator[None]:
     torch.set_num_threads(1)
     os.chdir(folder)
     try:
-        with rc_context({**STYLE, "axes.prop_cycle": cycler(color=_COLOURS)}):
+        style: Any = {**STYLE, "axes.prop_cycle": cycler(color=_COLOURS)}
+        with rc_context(style):
             yield
     finally:
         os.chdir(before)
@@ -128,7 +130,9 @@ def _run_block(page: Page, path: Path, line: int, kind: str, code: str, namespac
     except Exception as error:
         raise BlockFailed(f"{path.name}, the block at line {line}: {type(error).__name__}: {error}") from error
     pictures = list(_pictures(page, path, line))
-    if kind in ("folded", "markdown"):
+    if kind == "hidden":
+        shown = ""
+    elif kind in ("folded", "markdown"):
         shown = '??? example "The code of this"\n\n' + "".join(f"    {row}\n" for row in shown.splitlines())
     output = printed.getvalue().rstrip("\n")
     result = [output if kind == "markdown" else f"```{{ .text .output }}\n{output}\n```"] if output else []
@@ -142,7 +146,7 @@ def _pictures(page: Page, path: Path, line: int) -> Iterator[str]:
     for number in pyplot.get_fignums():
         figure = pyplot.figure(number)
         if not (label := str(figure.get_label())):
-            raise BlockFailed(f'{path.name}, the block at line {line}: a figure without a label, pyplot.figure("label")')
+            raise BlockFailed(f"{path.name}, the block at line {line}: a figure without a label, figure('label')")
         name = f"{path.stem}-{len(page.pictures) + 1}.svg"
         svg = io.StringIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
@@ -151,11 +155,17 @@ def _pictures(page: Page, path: Path, line: int) -> Iterator[str]:
         yield f"![{label}](made/{name})"
 
 
+def shown_only(text: str) -> str:
+    """`text` with its blocks as they are, without the words behind `python`, for pages that other tests run."""
+    return _BLOCK.sub(lambda block: f"```python\n{block['code']}```", text)
+
+
 def with_examples(path: Path, text: str) -> str:
     """`text` of the page at `path`, with the code of a file wherever a line is nothing but a link to it."""
 
     def code(link: re.Match[str]) -> str:
         file = path.parent / link["path"]
-        return f'```{{ .python title="{file.name}" }}\n{file.read_text().rstrip()}\n```\n\n[The file]({link["path"]})'
+        shown = f'```{{ .python title="{file.name}" }}\n{file.read_text().rstrip()}\n```'
+        return f"{shown}\n\n[Download]({link['path']}){{ .download }}"
 
     return _EXAMPLE.sub(code, text)

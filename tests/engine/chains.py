@@ -74,6 +74,13 @@ def centered_step(p, lr, **kwargs):
     p.data -= lr * gate * (p.data.norm() > 0)
 
 
+def decay_and_scale(p, lr, **kwargs):
+    """Move the parameter, and scale its gradient by the norm that the parameter had before."""
+    norm = p.data.norm()
+    p.data.mul_(1 + lr)
+    p.grad.data.div_(norm + 1)
+
+
 class Scheduled:
     """A cb that is an object, with a number of its own."""
 
@@ -96,6 +103,7 @@ FOREIGN: dict[str, tuple[tuple[Cb, ...], dict[str, Any]]] = {
     "Adan": ((adan_step,), {"lr": 1e-2, "b1": 0.98, "b2": 0.92, "b3": 0.99, "eps": 1e-8, "wd": 0.02}),
     "centered": ((centered_step,), {"lr": 1e-2}),
     "object": ((Scheduled(0.5),), {"lr": 1e-2}),
+    "norm of what is overwritten": ((decay_and_scale,), {"lr": 1e-2}),
     "stats only": ((average_sqr_grad, step_stat), {"lr": 1e-2}),
 }
 

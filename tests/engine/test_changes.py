@@ -152,3 +152,42 @@ def test_ways_that_were_recorded_before_cost_no_new_look_at_everything(
 
     side_by_side(build, "foreach", torch.float32, steps=30, between=between)
     assert not sorted_out
+
+
+@pytest.fixture
+def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let `foreach` take scalars by columns, as kernels on GPUs do; counts the steps that came so."""
+    from fastopt.engine import run
+    from fastopt.engine.chain import Row
+
+    came: list[int] = []
+    steady, blocks = run.Steady, run.run_blocks
+
+    def run_blocks(cohorts: Any, reduce: Any) -> None:
+        for cohort in cohorts:
+            if cohort.table is not None:
+                came.append(len(cohort.rows))
+                before, cohort.rows = cohort.rows, [Row(scalars) for scalars in cohort.table.T.tolist()]
+                for old, new in zip(before, cohort.rows, strict=True):
+                    new.recorded, new.kind, new.states = old.recorded, old.kind, old.states
+        blocks(cohorts, reduce)
+
+    monkeypatch.setattr(run, "Steady", lambda work, cohorts, chain, _: steady(work, cohorts, chain, True))
+    monkeypatch.setattr(run, "run_blocks", run_blocks)
+    return came
+
+
+def test_scalars_by_columns_follow_every_way_of_the_chain(by_columns: list[int]) -> None:
+    """Every third step of this Lookahead is another program, and the learning rates change before every second."""
+
+    def build(ps: list[Tensor], engine: str) -> Optimizer:
+        return Ranger([[p] for p in ps], lr=slice(1e-3, 1e-1), k=3, engine=engine)
+
+    def between(opt: Any, ps: list[Tensor], i: int) -> None:
+        if i % 2:
+            opt.set_hyper("lr", [0.1 / (i + j + 1) for j in range(len(ps))])
+
+    shapes = ((4, 5), (7,), (3, 0), (33, 40))
+    side_by_side(build, "foreach", torch.float32, steps=16, between=between, shapes=shapes)
+    assert len(by_columns) >= 10
+    assert set(by_columns) == {len(shapes)}

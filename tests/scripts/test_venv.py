@@ -69,7 +69,7 @@ def checkout(tmp_path: Path) -> Checkout:
     root = tmp_path / "a check out"  # with spaces
     (root / "scripts").mkdir(parents=True)
     requirements = ("pyproject.toml", "constraints.txt", "requirements-clients.txt")
-    for name in ("scripts/test", "scripts/train", "scripts/venv.sh", *requirements):
+    for name in (*(f"scripts/{name}" for name in ("test", "train", "docs", "venv.sh")), *requirements):
         shutil.copy(ROOT / name, root / name)
     interpreter = tmp_path / "interpreter"
     interpreter.write_text(INTERPRETER)
@@ -180,6 +180,14 @@ def test_train_starts_two_ranks_and_hands_its_arguments_on(checkout: Checkout) -
     assert checkout.run("train", "--steps", "3", "--demo")[1] == f"ran {script}/demo.py --steps 3\n"
     assert checkout.run("train", "--help")[1].endswith(f"ran {script}/train.py --help\n")
     assert checkout.run("test", "--help")[1].startswith("usage: scripts/test")
+
+
+def test_docs_builds_the_site_and_is_strict_unless_it_serves(checkout: Checkout) -> None:
+    mkdocs = "ran -m mkdocs"
+    out = checkout.run("docs", "build", "--site-dir", "a folder")[1]
+    assert out == f"{mkdocs} build --config-file scripts/mkdocs.yml --strict --site-dir a folder\n"
+    assert checkout.run("docs", "serve")[1] == f"{mkdocs} serve --config-file scripts/mkdocs.yml\n"
+    assert checkout.run("docs", "--help")[1].startswith("usage: scripts/docs")
 
 
 def test_that_of_the_clients_is_another_one(checkout: Checkout) -> None:
