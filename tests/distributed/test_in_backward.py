@@ -229,9 +229,9 @@ def test_what_cannot_step_in_backward() -> None:
     model = network()
     with pytest.raises(ValueError, match="step_in_backward is for stage 2"):
         shard(fastopt.Adam(model.parameters()), model, stage=1, step_in_backward=True)
+    opt = fastopt.Optimizer(model.parameters(), [average_grad, muon_step], lr=0.1, mom=0.9)
     with pytest.raises(ValueError, match="muon_step must see"):
-        opt = fastopt.Optimizer(model.parameters(), [average_grad, muon_step], lr=0.1, mom=0.9)
         shard(opt, model, step_in_backward=True)
+    opt = fastopt.OptimWrapper(torch.optim.AdamW(model.parameters()))
     with pytest.raises(ValueError, match="torch_step steps on all parameters at once"):
-        opt = fastopt.OptimWrapper(torch.optim.AdamW(model.parameters()))
         shard(opt, model, step_in_backward=True)
