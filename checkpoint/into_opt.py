@@ -133,8 +133,8 @@ class OptTarget:
         return boxes_of(self.opt, param, shape)
 
     def _goes_along(self, param: Tensor, shape: Shape) -> bool:
-        """Whether a state of `shape` is laid out as its parameter, a DTensor: unless the optimizer knows better."""
-        return not hasattr(self.opt, "boxes") and sharded_tensor.is_one(param) and tuple(param.shape) == shape
+        """Whether a state of `shape` is laid out as its parameter, a DTensor: unless other ranks hold some of it."""
+        return not hasattr(self.opt, "held_elsewhere") and sharded_tensor.is_one(param) and tuple(param.shape) == shape
 
     # ---- what to load
 
