@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .checkpoint.s3_server import BUCKET, S3Server
-from .pages import Block, blocks, on_ranks
+from .pages import Block, blocks, on_ranks, under_torchrun
 
 BLOCKS = blocks("README.md")
 ALONE = [block for block in BLOCKS if block.kind == ""]
@@ -27,7 +27,7 @@ def test_single_process(block: Block, tmp_path: Path) -> None:
 
 
 def test_many_ranks(tmp_path: Path) -> None:
-    printed = on_ranks(ON_RANKS[0], 2, tmp_path)
+    printed = under_torchrun(ON_RANKS[0], 2, tmp_path)
     two_averages = (8 * 64 + 64 + 64 + 1) * 2 * 4  # bytes in float32
     per_rank = [int(n) for n in re.findall(r"rank \d holds (\d+) bytes", printed)]
     assert len(per_rank) == 2, printed

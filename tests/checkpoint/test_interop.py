@@ -67,7 +67,11 @@ def test_that_reader_finds_groups_states_and_values(tmp_path: Path) -> None:
     for step in (1, 2):  # the second names files of the first
         save(tmp_path, step=step, model=model, opt=opt, scheduler=scheduler, extra=extra)
     manifest = READER["read_manifest"](tmp_path / "step-00000002")
-    tensors, value, groups = READER["read_tensors"](tmp_path / "step-00000002", manifest), READER["value"], opt.param_groups
+    tensors, value, groups = (
+        READER["read_tensors"](tmp_path / "step-00000002", manifest),
+        READER["value"],
+        opt.param_groups,
+    )
     assert manifest["extra"] == extra
     assert value(manifest["scheduler"]) == scheduler.state_dict()
     names = {id(p): name for name, p in model.named_parameters()}
