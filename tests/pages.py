@@ -22,7 +22,7 @@ os._exit(0)
 
 @dataclass(frozen=True)
 class Block:
-    """A block of Python under its heading of the second level. `kind` is what follows the language, as in "torchrun"."""
+    """A block of Python under its heading of the second level. `kind` is what follows the language: "torchrun"."""
 
     section: str
     kind: str
@@ -33,7 +33,7 @@ class Block:
         return self.code.splitlines()[0].strip("# ")
 
     def run(self, folder: Path, ranks: int = 2) -> str:
-        """What it prints as a script in `folder`, which is its working directory; one for torchrun on that many ranks."""
+        """What it prints as a script in `folder`, its working directory; one for torchrun on that many ranks."""
         if self.kind == "torchrun":
             return on_ranks(self.code, ranks, folder)
         (folder / "example.py").write_text(self.code)
