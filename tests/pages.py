@@ -42,7 +42,7 @@ class Block:
     def run_here(self, folder: Path) -> str:
         """The same in this process, where it needs no ranks: libraries that are slow to import are imported once."""
         if self.kind == "torchrun":
-            return self.run(folder)
+            return under_torchrun(self.code, 2, folder)
         (folder / "example.py").write_text(self.code)
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_path("example.py", run_name="__main__")
