@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import runpy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .commands import ROOT, run_command, torchrun
+from .commands import ROOT, torchrun
+from .warm import run_script
 
 # Ranks with Gloo sometimes abort while the interpreter shuts down: the example runs as it is, then leaves before that.
 _LEAVE = """
@@ -33,16 +33,16 @@ class Block:
         return self.code.splitlines()[0].strip("# ")
 
     def run(self, folder: Path, ranks: int = 2) -> str:
-        """What it prints as a script in `folder`, which is its working directory; with torchrun on that many ranks."""
+        """What it prints as a script in `folder`, its working directory; one for torchrun on that many ranks."""
         if self.kind == "torchrun":
             return on_ranks(self.code, ranks, folder)
         (folder / "example.py").write_text(self.code)
-        return run_command(sys.executable, folder / "example.py", cwd=folder).stdout
+        return run_script(folder / "example.py", cwd=folder).stdout
 
     def run_here(self, folder: Path) -> str:
         """The same in this process, where it needs no ranks: libraries that are slow to import are imported once."""
         if self.kind == "torchrun":
-            return self.run(folder)
+            return under_torchrun(self.code, 2, folder)
         (folder / "example.py").write_text(self.code)
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             runpy.run_path("example.py", run_name="__main__")
@@ -68,7 +68,13 @@ def blocks(page: str, section: str | None = None) -> list[Block]:
 
 
 def on_ranks(code: str, ranks: int, folder: Path) -> str:
-    """What `code` prints on that many ranks of torchrun."""
+    """What `code` prints on that many ranks, with the environment that torchrun gives them."""
+    (folder / "example.py").write_text(code)
+    return run_script(folder / "example.py", ranks=ranks, cwd=folder).stdout
+
+
+def under_torchrun(code: str, ranks: int, folder: Path) -> str:
+    """The same by torchrun itself, which takes seconds more."""
     (folder / "example.py").write_text(code)
     (folder / "leave.py").write_text(_LEAVE)
     return torchrun(ranks, folder / "leave.py", folder / "example.py", cwd=folder).stdout

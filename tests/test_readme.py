@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from .commands import ROOT
-from .pages import blocks, on_ranks
+from .pages import blocks, on_ranks, under_torchrun
 
 BLOCKS = blocks("README.md")
 ALONE = [block for block in BLOCKS if block.kind == ""]
@@ -30,7 +30,7 @@ def test_save_and_resume_on_another_number_of_ranks(tmp_path: Path) -> None:
     code = ON_RANKS[0].replace("URL", repr(str(tmp_path / "run")))
     two_averages = (8 * 64 + 64 + 64 + 1) * 2 * 4  # bytes in float32
     for ranks, steps in [(2, "1 to 10"), (1, "11 to 20")]:
-        printed = on_ranks(code, ranks, tmp_path)
+        printed = (under_torchrun if ranks == 2 else on_ranks)(code, ranks, tmp_path)
         found = re.findall(rf"rank (\d) of {ranks}: steps {steps}, (\d+) bytes of state", printed)
         assert sorted(rank for rank, _ in found) == [str(rank) for rank in range(ranks)], printed
         assert sum(int(n) for _, n in found) == two_averages

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from fastopt import SGD, Adam, Larc, Lookahead, Optimizer, OptimWrapper, average_grad, ranger, whole_norm
+from fastopt.checkpoint import Checkpointer, latest, load, save
+from fastopt.distributed import shard
 
 
 def clipped_step(p: Tensor, lr: float, limit: float = 1.0, **kwargs: Any) -> dict[str, Any]:
@@ -50,6 +52,19 @@ def train(model: nn.Sequential, x: Tensor) -> float:
     schedule.step()
     by_group.load_state_dict(by_group.state_dict())
     return rates[0]
+
+
+def resume(model: nn.Sequential, url: str) -> int:
+    opt = shard(Adam(model.parameters(), lr=1e-3), model, stage=2)
+    done: int = load(url, model=model, opt=opt).step if latest(url) else 0
+    norm: Tensor = opt.clip_grad_norm_(1.0)
+    opt.step()
+    opt.zero_grad()
+    save(url, step=done + 1, model=model, opt=opt, extra={"norm": norm.item()})
+    with Checkpointer(url) as checkpointer:
+        checkpointer.save(step=done + 2, model=model, opt=opt)
+    state: dict[str, Any] = opt.state_dict()
+    return done + len(state) + opt.state_bytes()
 """
 
 
@@ -58,7 +73,17 @@ def test_a_users_script_is_strict(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     cache = f"--cache-dir={root / '.mypy_cache'}"
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", cache, str(script)]
+    # silent: as for an installed package, whose own errors (libraries without types) are not the user's
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--follow-imports=silent",
+        cache,
+        str(script),
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "MYPYPATH": str(root)}, capture_output=True, text=True, timeout=250
     )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastopt.bench.step.first import first_step
-from tests.commands import ROOT, run_command
+from tests.commands import ROOT
+from tests.warm import run_script
 
 SCRIPT = ROOT / "scripts" / "bench_step.py"
 QUICK = ("--device", "cpu", "--models", "tiny", "--rounds", "1", "--seconds", "0.001", "--no-first")
@@ -21,7 +21,7 @@ QUICK = ("--device", "cpu", "--models", "tiny", "--rounds", "1", "--seconds", "0
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON of a run, in a folder with what was written beside it."""
     out = tmp_path_factory.mktemp("bench") / "step.json"
-    run_command(sys.executable, SCRIPT, *QUICK, "--rules", "Adam,ranger", "--out", out, cwd=out.parent)
+    run_script(SCRIPT, *QUICK, "--rules", "Adam,ranger", "--out", out, cwd=out.parent)
     return out
 
 
@@ -63,7 +63,7 @@ def test_the_table_is_written_beside(written: Path) -> None:
 
 def test_the_chart_is_the_same_for_the_same_result(written: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.svg"
-    run_command(sys.executable, SCRIPT, "--chart", written, "-o", again, cwd=tmp_path)
+    run_script(SCRIPT, "--chart", written, "-o", again, cwd=tmp_path)
     assert again.read_bytes() == written.with_suffix(".svg").read_bytes()
     assert all(text in again.read_text() for text in ("fastopt", "torch fused", "floor", "tiny, 12 tensors"))
 
@@ -76,6 +76,6 @@ def test_a_package_that_is_not_there_is_a_note(written: Path) -> None:
 
 
 def test_a_wrong_name_is_told(tmp_path: Path) -> None:
-    done = run_command(sys.executable, SCRIPT, "--models", "huge", cwd=tmp_path, check=False)
+    done = run_script(SCRIPT, "--models", "huge", cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert "--models: 'huge' is none of llama-1.3b" in done.stdout

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastopt.bench.zero import trace
-from tests.commands import ROOT, run_command, torchrun
+from tests.commands import ROOT, torchrun
+from tests.warm import run_script
 
 SCRIPT = ROOT / "scripts" / "bench_zero.py"
 WAYS = "stage2,groups,stage1,ddp,zero-redundancy,fully-shard-2"
@@ -62,7 +62,7 @@ def test_the_bytes_that_are_sent(rows: dict[str, dict[str, Any]], written: Path)
 def test_tables_and_chart_are_written_beside(written: Path, tmp_path: Path) -> None:
     assert "| fastopt stage 2, clipping |" in written.with_suffix(".md").read_text()
     again = tmp_path / "again.svg"
-    run_command(sys.executable, SCRIPT, "--chart", written, "-o", again, cwd=tmp_path)
+    run_script(SCRIPT, "--chart", written, "-o", again, cwd=tmp_path)
     assert again.read_bytes() == written.with_suffix(".svg").read_bytes()
     assert "ZeroRedundancyOptimizer" in again.read_text()
 
