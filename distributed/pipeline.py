@@ -70,7 +70,6 @@ class Pipeline:
                 self._step(params, separable)
             self._lane.stepped = True
         else:
-            self._lane.join()
             self._step(params, separable)
         self._gathering.begun()
 
@@ -84,6 +83,7 @@ class Pipeline:
         for k in order:
             chunk = chunks[k]
             self._gradients.land(chunk.buckets)
+            self._lane.join()  # gradients are averaged there; without effect where this step is in the lane itself
             self._run(chunk.params, k)
             done |= chunk.buckets
             while waiting and waiting[0].bucket.index in done:

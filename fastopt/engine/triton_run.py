@@ -225,13 +225,14 @@ def _run_phase(launches: Sequence[Launch], k: int, reduce: Reduce | None) -> Non
     if reduce is not None and reducing:
         for launch in reducing:
             launch.stage(k, add=True, scalars=False)
+        # row by row: a list of rows would be an index that the host sends, which no graph can capture
         rows = [
-            [launch.kernels.layout.totals[i] for i in launch.program.phases[k - 1].reductions] for launch in reducing
+            launch.totals[launch.kernels.layout.totals[i]]
+            for launch in reducing
+            for i in launch.program.phases[k - 1].reductions
         ]
-        parts = [launch.totals[r] for launch, r in zip(reducing, rows, strict=True)]
-        totals = torch.split(reduce(torch.cat([x.flatten() for x in parts])), [x.numel() for x in parts])
-        for launch, r, part, total in zip(reducing, rows, parts, totals, strict=True):
-            launch.totals[r] = total.view_as(part)
+        for row, total in zip(rows, torch.split(reduce(torch.cat(rows)), [len(row) for row in rows]), strict=True):
+            row.copy_(total)
     for launch in now:
         launch.stage(k, add=reduce is None and launch in reducing, scalars=True)
         launch.sweep(k)
