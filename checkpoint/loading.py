@@ -177,6 +177,7 @@ def _find(
         if below is not None and number >= below:
             continue
         found = catalog.look(storage, number)
+        found.refuse_newer()
         if found.complete:
             parsed[number] = found.raise_problem()
             return number, found.data, passed
