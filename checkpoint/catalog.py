@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError, NewerFormat, StorageError
 from .manifest import MANIFEST, Manifest, from_bytes
 from .records import step_folder
 from .storage import Storage, open_storage
@@ -40,7 +40,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Found:
-    """A step folder: what lies in it, its manifest where that is sound, and what keeps it from being complete."""
+    """A step folder: what lies in it, its manifest where that is sound, and what keeps it from being complete.
+
+    newer: it is in a newer version of the format, so that nobody here can tell.
+    """
 
     step: int
     url: str
@@ -48,6 +51,7 @@ class Found:
     manifest: Manifest | None
     data: bytes
     problem: str | None
+    newer: bool = False
 
     @property
     def complete(self) -> bool:
@@ -58,6 +62,11 @@ class Found:
     def verified(self) -> bool:
         """All its bytes have been read and checked once, as it is now, and that was noted."""
         return bool(self.data) and verified_mark(self.data) in self.sizes
+
+    def refuse_newer(self) -> None:
+        """Raise NewerFormat where it is of a newer version: no reason to take another one, or to remove anything."""
+        if self.newer:
+            raise NewerFormat(str(self.problem))
 
     def raise_problem(self) -> Manifest:
         """The manifest; CheckpointError where the checkpoint is not complete."""
@@ -92,6 +101,7 @@ def make_way(storage: Storage, step: int) -> None:
     Raises CheckpointError where it is complete.
     """
     found = look(storage, step)
+    found.refuse_newer()
     if found.complete:
         raise CheckpointError(f"step {step} is already saved at {found.url}; nothing was overwritten")
     if MANIFEST in found.sizes:
@@ -102,11 +112,12 @@ def latest(url: str | os.PathLike[str]) -> Entry | None:
     """The newest complete checkpoint under `url`, or None. Not collective.
 
     Complete means: the manifest is sound and every file it names is there with its full size. StorageError where the
-    storage is out of reach.
+    storage is out of reach, CheckpointError where a newer version of the format hides the answer.
     """
     storage = open_storage(url)
     for step in step_numbers(storage):
         found = look(storage, step)
+        found.refuse_newer()
         if found.complete:
             return _entry(found)
     return None
@@ -133,6 +144,7 @@ def find(storage: Storage, step: int | None) -> tuple[str, bytes]:
     reasons = []
     for number in step_numbers(storage):
         found = look(storage, number)
+        found.refuse_newer()
         if found.complete:
             return step_folder(number), found.data
         reasons.append(str(found.problem))
@@ -156,7 +168,7 @@ def look(storage: Storage, step: int, notes: bool = True) -> Found:
     folder = step_folder(step)
     place = f"{storage.url}/{folder}"
     sizes = storage.sizes(folder)
-    manifest, data = None, b""
+    manifest, data, newer = None, b"", False
     try:
         data = _read_manifest(storage, step, sizes)
         manifest = from_bytes(data)
@@ -166,7 +178,8 @@ def look(storage: Storage, step: int, notes: bool = True) -> Found:
         raise
     except (CheckpointError, FileNotFoundError) as error:
         problem = str(error) if place in str(error) else f"{place}/{MANIFEST}: {error}"
-    return Found(step, place, sizes, manifest, data, problem)
+        newer = isinstance(error, NewerFormat)
+    return Found(step, place, sizes, manifest, data, problem, newer)
 
 
 def _noted(storage: Storage, folder: str, sizes: dict[str, int | None], data: bytes) -> str | None:

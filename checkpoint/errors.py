@@ -15,3 +15,7 @@ class StorageError(CheckpointError):
 
     So nobody goes on with an older checkpoint because of it: a network that is down for a minute would cost hours.
     """
+
+
+class NewerFormat(CheckpointError):
+    """A checkpoint in a version of the format that this version of fastopt cannot read: not damaged, only newer."""

@@ -24,13 +24,16 @@ from .values import decode
 class OptTarget:
     """An optimizer's groups, hyper-parameters and states. See [Note: copies or in place].
 
-    Without `strict`, `problems` are notes, and what does not fit stays as it is.
+    Without `strict`, `problems` are notes, and what does not fit stays as it is. `cast`: floating-point states may be
+    stored in another floating-point dtype than the live ones have.
     """
 
     what = "optimizer"
 
-    def __init__(self, manifest: Manifest, opt: Any, model: nn.Module | None, strict: bool = True) -> None:
-        self.manifest, self.opt, self.strict = manifest, opt, strict
+    def __init__(
+        self, manifest: Manifest, opt: Any, model: nn.Module | None, strict: bool = True, cast: bool = False
+    ) -> None:
+        self.manifest, self.opt, self.strict, self.cast = manifest, opt, strict, cast
         self.names = names_by_group(opt, model, has_positions(manifest))
         self.own_names = own_names(opt)
         self.params: list[Tensor] = [p for group in opt.param_groups for p in group["params"]]
@@ -41,6 +44,7 @@ class OptTarget:
         self._committing = False
         self._found: list[_Found] = []
         self._skip: set[str] = set()
+        self._kept: set[tuple[int, str]] = set()
         self.problems = self._match()
 
     @property
@@ -76,7 +80,8 @@ class OptTarget:
         needed = [key for key in self.opt.defaults if key not in PARAMS_ONLY]
         lacking = missing_options(self.match, needed, self.opt.param_groups)
         problems += self.match.problems
-        return problems + listed("hyper-parameters missing in the checkpoint (of another optimizer?)", lacking)
+        problems += listed("hyper-parameters missing in the checkpoint (of another optimizer?)", lacking)
+        return problems + listed("states of another dtype (cast=True rounds them)", self._look())
 
     @property
     def _flat(self) -> list[str]:
@@ -84,13 +89,16 @@ class OptTarget:
 
     # ---- what to read
 
-    def _look(self) -> None:
-        """For every state: what this rank holds of it in the checkpoint, and what is live of it now."""
+    def _look(self) -> list[str]:
+        """For every state: what this rank holds of it in the checkpoint, and what is live of it now.
+
+        Returns the states whose dtype is another and may not be changed.
+        """
         part = self.manifest.opt
-        if self._found or part is None:
-            return
+        assert part is not None
         self._now = self.opt.state_dict()
         live = self._now["state"]
+        wrong = []
         for number, name in enumerate(self._flat):
             if name in part.states and name not in self._skip:
                 for key in part.states[name].tensors:
@@ -98,19 +106,23 @@ class OptTarget:
                     stored = self.manifest.tensors[state_key(name, key)]
                     boxes = self._boxes(param, stored.shape)
                     now = live.get(number, {}).get(key)
-                    self._found.append(
-                        _Found(number, key, state_key(name, key), boxes, _places(now, boxes, DTYPES[stored.dtype]))
-                    )
+                    dtype = DTYPES[stored.dtype]
+                    mine = _dtype(now) or dtype
+                    if mine is not dtype and not (self.cast and mine.is_floating_point and dtype.is_floating_point):
+                        wrong.append(f"{key} of {name} (stored {dtype}, live {mine})".replace("torch.", ""))
+                        self._kept.add((number, key))
+                        continue
+                    places = _places(now, boxes, mine)
+                    self._found.append(_Found(number, key, state_key(name, key), boxes, places, mine))
+        return wrong
 
     @property
     def copied_bytes(self) -> int:
         """Bytes of copies of what is live, if all of it is read into copies."""
-        self._look()
         return sum(place.nbytes for found in self._found for place in found.live or ())
 
     def plan(self, in_place: bool) -> None:
         """Set `fresh` and `again`."""
-        self._look()
         for found in self._found:
             stored = self.manifest.tensors[found.stored]
             want = Wanted(found.stored, found.boxes)
@@ -120,7 +132,7 @@ class OptTarget:
                 continue
             param = self.params[found.number]
             device = local_part(param).device if stored.shape else torch.device("cpu")
-            found.flat = torch.empty(sum(b.numel for b in found.boxes), dtype=DTYPES[stored.dtype], device=device)
+            found.flat = torch.empty(sum(b.numel for b in found.boxes), dtype=found.dtype, device=device)
             want.buffers = _views(found.flat, found.boxes)
             self.fresh.append(want)
             found.buffers = want.buffers
@@ -151,6 +163,8 @@ class OptTarget:
                 state[number] = {key: decode(value, f"{key} of {name}") for key, value in values.items()}
             elif name not in part.params or name in self._skip:
                 state[number] = now["state"].get(number, {})
+        for number, key in self._kept:
+            state[number][key] = now["state"][number][key]
         for found in self._found:
             value = _kept(now["state"][found.number][found.key]) if found.again else self._value(found)
             state[found.number][found.key] = value
@@ -177,6 +191,8 @@ class OptTarget:
 
     def commit(self) -> None:
         """Load into the live optimizer. What is read in place keeps its values until it has been read."""
+        if self.manifest.opt is None:
+            return
         self._committing = True
         self.opt.load_state_dict(self.state_dict())
 
@@ -199,14 +215,24 @@ class OptTarget:
 class _Found:
     """A state in the checkpoint: of parameter `number`, under `key` in its state and `stored` in the manifest.
 
-    boxes: what this rank holds of it. live: the memory of these boxes now, None where there is none.
+    boxes: what this rank holds of it. live: the memory of these boxes now, None where there is none. dtype: that it
+    has, or will have, in the optimizer.
     """
 
-    def __init__(self, number: int, key: str, stored: str, boxes: list[Box], live: list[Tensor] | None) -> None:
+    def __init__(
+        self, number: int, key: str, stored: str, boxes: list[Box], live: list[Tensor] | None, dtype: torch.dtype
+    ) -> None:
         self.number, self.key, self.stored, self.boxes, self.live = number, key, stored, boxes, live
+        self.dtype = dtype
         self.again = False
         self.flat = torch.empty(0)
         self.buffers: list[Tensor] = []
+
+
+def _dtype(value: Any) -> torch.dtype | None:
+    """The dtype of a value of a state dict, None where it is no tensor."""
+    first = value[0].data if isinstance(value, tuple) and value and isinstance(value[0], Piece) else value
+    return first.dtype if isinstance(first, Tensor) else None
 
 
 def _places(value: Any, boxes: Sequence[Box], dtype: torch.dtype | None) -> list[Tensor] | None:

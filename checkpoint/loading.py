@@ -19,15 +19,17 @@ from torch import nn
 
 from ..pieces import Box
 from . import catalog, rng
+from .coverage import Coverage
 from .errors import CheckpointError, StorageError
 from .into import ModelTarget, ValuesTarget
 from .into_opt import OptTarget
 from .manifest import from_bytes
 from .peers import Peers
-from .reading import Wanted, read, verify
+from .reading import Stamp, Wanted, read, verify
 from .records import MANIFEST, Manifest, rng_key, step_folder
-from .storage import Storage, open_storage
+from .storage import LocalStorage, Storage, open_storage
 from .values import Json
+from .verifying import note_sound
 
 # [Note: all or nothing]
 # Nothing live is changed until every rank has read and verified all that it needs. Then the optimizer, the scheduler
@@ -81,6 +83,8 @@ def load(
     The number of ranks may differ from that at saving, and so may the order and the split of parameter groups:
     parameters are known by name, groups by their members. Every rank reads only what it holds.
 
+    A checkpoint of which all ranks together have read every byte is noted as verified, as by `verify`.
+
     Collective: every rank of `group` must call it.
 
     Args:
@@ -93,15 +97,15 @@ def load(
         step: which checkpoint; it is never replaced by another one.
         strict: names and shapes must fit, else the error lists what is missing, unexpected or different. With False,
             for transfer to another model or other groups, what does not fit stays as it is and is listed in `report`.
-        cast: floating-point tensors of the model may be stored in another floating-point dtype. States keep the dtype
-            that they were saved in.
+        cast: floating-point tensors of the model, states and masters may be stored in another floating-point dtype than
+            the live ones have, and are rounded to that. States that are not there yet get the dtype they were saved in.
         rng: restore the random generators. Rank r takes those of rank r of the job that saved; a rank that this job did
             not have is seeded from the checkpoint and its rank, the same way each time.
         on_corrupt: what to do where the newest checkpoint turns out to be damaged: take the one before, with a warning
             on every rank, or raise.
         staging: most bytes of copies of live tensors that this rank may hold until all ranks have read theirs (default:
-            a quarter of the free memory, shared by the ranks of this machine). Beyond it nothing is copied; the files
-            are read twice instead, first to verify them.
+            none on a local file system, else a quarter of the free memory, shared by the ranks of this machine). Beyond
+            it nothing is copied; the files are read twice instead, first to verify them.
         group: the ranks that load together (default: the default group, or this process alone).
 
     Raises:
@@ -137,6 +141,7 @@ def load(
     for reason in skipped:
         _log.warning("rank %d: loading step %d instead of a newer one: %s", peers.rank, number, reason)
     work.load()
+    work.note(data)
     return work.result(tuple(skipped))
 
 
@@ -172,6 +177,7 @@ def _find(
         if below is not None and number >= below:
             continue
         found = catalog.look(storage, number)
+        found.refuse_newer()
         if found.complete:
             parsed[number] = found.raise_problem()
             return number, found.data, passed
@@ -204,6 +210,8 @@ class _Load:
         self.model: ModelTarget | None = None
         self.values: list[ValuesTarget] = []
         self.generators: dict[str, Wanted] = {}
+        self.verified: dict[str, Stamp] = {}
+        self.coverage = Coverage(manifest)
         self.done: list[OptTarget | ValuesTarget] = []
 
     @property
@@ -220,7 +228,7 @@ class _Load:
         live, manifest, strict = self.live, self.manifest, self.live.strict
         homes: list[int | None] = []
         if live.opt is not None:
-            self.opt = OptTarget(manifest, live.opt, live.model, strict)
+            self.opt = OptTarget(manifest, live.opt, live.model, strict, live.cast)
             homes = self.opt.match.homes
         if live.scheduler is not None:
             groups = self.opt.stored_groups if self.opt else 0
@@ -256,8 +264,9 @@ class _Load:
 
     def choose(self, staging: int | None) -> None:
         """Decide whether live tensors are copied until all is read, or read in place after having been verified."""
-        limit = _free_memory() // 4 if staging is None else staging
-        in_place = sum(target.copied_bytes for target in self._tensors) > limit
+        if staging is None:
+            staging = 0 if isinstance(self.storage, LocalStorage) else _free_memory() // 4
+        in_place = sum(target.copied_bytes for target in self._tensors) > staging
         for target in self._tensors:
             target.plan(in_place)
 
@@ -265,8 +274,9 @@ class _Load:
         """Read and verify all that this rank needs. The text of an error that is the checkpoint's fault, or None."""
         fresh = [want for target in self._tensors for want in target.fresh]
         try:
-            read(self.storage, self.manifest, [*fresh, *self.generators.values()])
-            verify(self.storage, self.manifest, [want for target in self._tensors for want in target.again])
+            read(self.storage, self.manifest, [*fresh, *self.generators.values()], coverage=self.coverage)
+            again = [want for target in self._tensors for want in target.again]
+            self.verified = verify(self.storage, self.manifest, again, self.coverage)
         except StorageError:
             raise
         except (CheckpointError, FileNotFoundError) as error:
@@ -308,12 +318,22 @@ class _Load:
         """Read what is read in place, load the model and set the generators."""
         if self.opt is not None:
             self.opt.aim()
-        read(self.storage, self.manifest, [want for target in self._tensors for want in target.again])
+        again = [want for target in self._tensors for want in target.again]
+        read(self.storage, self.manifest, again, self.verified)
         if self.model is not None:
             self.model.finish()
         if self.live.rng and self.manifest.rng:
             known = self.peers.rank < len(self.manifest.rng)
             rng.restore(self._generator_states() if known else rng.fresh(self.manifest.save_id, self.peers.rank))
+
+    def note(self, data: bytes) -> None:
+        """Leave the note of `verify` beside the manifest `data` where the ranks, together, have read all of it."""
+
+        def leave(bits: list[bytes]) -> None:
+            if self.coverage.whole(bits):
+                note_sound(self.storage, self.manifest, data)
+
+        self.peers.to_first("noting what was read", lambda: self.coverage.bits, leave)
 
     def result(self, skipped: tuple[str, ...]) -> Checkpoint:
         """What was loaded."""

@@ -18,7 +18,7 @@ import xxhash
 
 from ..pieces import Box, Shape
 from .dtypes import dtype_of
-from .errors import CheckpointError
+from .errors import CheckpointError, NewerFormat
 from .records import (
     FILE_NAME,
     MANIFEST,
@@ -203,7 +203,11 @@ def _manifest(tree: Json) -> Manifest:
     top = _dict(tree, "manifest")
     _need(top.get("format") == FORMAT, "format", f"not {FORMAT!r} but {str(top.get('format'))[:80]!r}")
     version = top.get("version")
-    _need(type(version) is int and version == VERSION, "version", f"this reads {VERSION}, not {str(version)[:20]}")
+    if type(version) is int and version > VERSION:
+        raise NewerFormat(
+            f"it has version {str(version)[:20]} of the format, this fastopt reads up to {VERSION}: install a newer one"
+        )
+    _need(type(version) is int and version == VERSION, "version", f"unknown {str(version)[:20]!r}")
     top = _dict(tree, "manifest", tuple(_FIELDS.split()))
     _need(top["checksum"] == "xxh3_64", "checksum", f"unknown algorithm {str(top['checksum'])[:80]!r}")
     world = _int(top["world_size"], "world_size", 1, 1 << 24)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
+from threading import BoundedSemaphore
 
 import torch
 import xxhash
 from torch import Tensor
 
 from ..pieces import Box
+from .coverage import Coverage
 from .dtypes import DTYPES, memory
 from .errors import CheckpointError
 from .plan import Read, Use, reads
@@ -19,7 +22,9 @@ from .records import Manifest
 from .shards import flat_index
 from .storage import Storage
 
+Stamp = tuple[int, ...] | None
 _AT_ONCE = 8  # requests in flight, of at most 16 MiB each
+_LOOKING = min(4, os.cpu_count() or 1)  # of them whose bytes are in memory already and need nothing but processors
 _IN_CACHE = 1 << 20  # bytes that are read before their checksums are looked at: a processor's cache still has them
 
 
@@ -36,25 +41,55 @@ class Wanted:
     buffers: list[Tensor] = field(default_factory=list)
 
 
-def read(storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
-    """Fill the buffers of `wanted` from the data files. Raises CheckpointError naming file, bytes and tensor."""
+def read(
+    storage: Storage,
+    manifest: Manifest,
+    wanted: Sequence[Wanted],
+    verified: Mapping[str, Stamp] | None = None,
+    coverage: Coverage | None = None,
+) -> None:
+    """Fill the buffers of `wanted` from the data files. Raises CheckpointError naming file, bytes and tensor.
+
+    coverage: is told what has been read and was sound.
+    verified: what `verify` has returned for the same `wanted`. Bytes that are still in the page cache, of files that
+    have not changed since, are then not compared with their checksums a second time.
+    """
     for want in wanted:
         if not want.buffers:
             dtype = DTYPES[manifest.tensors[want.key].dtype]
             want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
-    _Reader(storage, manifest, wanted).run()
+    reader = _Reader(storage, manifest, wanted, verified or {})
+    reader.run(reader.read)
+    if coverage is not None:
+        coverage.add(reader.reads)
+    for path, stamp in (verified or {}).items():
+        if stamp is not None and storage.stamp(path) != stamp:
+            raise CheckpointError(f"{storage.url}/{path} was changed by somebody while it was being loaded")
 
 
-def verify(storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
-    """Read all that `read` would, check it, and keep nothing; a few MiB of memory. Raises as `read` does."""
-    _Reader(storage, manifest, wanted).run(keep=False)
+def verify(
+    storage: Storage, manifest: Manifest, wanted: Sequence[Wanted], coverage: Coverage | None = None
+) -> dict[str, Stamp]:
+    """Read all that `read` would, check it, and keep nothing; a few MiB of memory. Raises as `read` does.
+
+    Returns the files that were looked at, with a stamp of each from before.
+    """
+    reader = _Reader(storage, manifest, wanted, {})
+    paths = dict.fromkeys(manifest.files[request.file].path for request in reader.reads)
+    stamps = {path: storage.stamp(path) for path in paths}
+    reader.run(reader.check)
+    if coverage is not None:
+        coverage.add(reader.reads)
+    return stamps
 
 
 class _Reader:
     """Carries out requests in several threads, which write to different places."""
 
-    def __init__(self, storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
-        self.storage, self.manifest = storage, manifest
+    def __init__(
+        self, storage: Storage, manifest: Manifest, wanted: Sequence[Wanted], verified: Mapping[str, Stamp]
+    ) -> None:
+        self.storage, self.manifest, self.verified = storage, manifest, verified
         self.targets: list[tuple[str, Box, Tensor | None]] = []
         uses: list[Use] = []
         for want in wanted:
@@ -66,10 +101,10 @@ class _Reader:
                 self.targets.append((want.key, box, want.buffers[number] if want.buffers else None))
         ends = [(file.header, file.bytes) for file in manifest.files]
         self.reads = reads(uses, ends, manifest.block)
+        self._processors = BoundedSemaphore(_LOOKING)
 
-    def run(self, keep: bool = True) -> None:
+    def run(self, work: Callable[[Read], None]) -> None:
         """All requests; the first error ends it."""
-        work = self._read if keep else self._check
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             futures = [pool.submit(work, request) for request in self.reads]
             try:
@@ -79,17 +114,45 @@ class _Reader:
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def _check(self, request: Read) -> None:
-        block = self.manifest.block
-        scratch = torch.empty(min(request.stop - request.start, max(block, _IN_CACHE)), dtype=torch.uint8)
+    def check(self, request: Read) -> None:
+        """Look at the bytes, and keep none."""
         check = _Check(self, request)
         path = self.manifest.files[request.file].path
-        for start in range(request.start, request.stop, scratch.numel()):
-            self.storage.read_into(path, start, [memory(scratch)[: request.stop - start]], check)
+        cached = self.storage.cached(path, request.start, request.stop)
+        if cached is not None:
+            with self._processors:
+                for window in cached.windows():
+                    check(memory(window))
+        else:
+            scratch = torch.empty(min(request.stop - request.start, _IN_CACHE), dtype=torch.uint8)
+            for start in range(request.start, request.stop, scratch.numel()):
+                self.storage.read_into(path, start, [memory(scratch)[: request.stop - start]], check)
         check.finish()
 
-    def _read(self, request: Read) -> None:
+    def read(self, request: Read) -> None:
         """Read, verify, and put the elements where they belong."""
+        path = self.manifest.files[request.file].path
+        cached = self.storage.cached(path, request.start, request.stop)
+        if cached is None:
+            self._read_into(path, request)
+            return
+        check = None if self.verified.get(path) is not None else _Check(self, request)
+        with self._processors:
+            start = request.start
+            for window in cached.windows():
+                stop = start + window.numel()
+                if check is not None:
+                    check(memory(window))
+                for use in request.uses:
+                    first, last = max(start, use.at), min(stop, use.stop)
+                    if first < last:
+                        self._put(use, first, last, window[first - start : last - start])
+                start = stop
+        if check is not None:
+            check.finish()
+
+    def _read_into(self, path: str, request: Read) -> None:
+        """Straight from the storage to where the bytes belong, where these are places of their own."""
         views: list[memoryview] = []
         later: list[tuple[Use, int, int, Tensor]] = []
         at = request.start
@@ -101,13 +164,13 @@ class _Reader:
                 continue
             if start > at:
                 views += self._aside(request, at, start, later)
-            views.append(direct)
+            views.append(memory(direct))
             at = stop
         if at < request.stop:
             views += self._aside(request, at, request.stop, later)
         check = _Check(self, request)
         pieces = [view[at : at + _IN_CACHE] for view in views for at in range(0, len(view), _IN_CACHE)]
-        self.storage.read_into(self.manifest.files[request.file].path, request.start, pieces, check)
+        self.storage.read_into(path, request.start, pieces, check)
         check.finish()
         for use, start, stop, data in later:
             self._scatter(use, start, stop, data)
@@ -123,8 +186,8 @@ class _Reader:
                 later.append((use, first, last, scratch[first - start : last - start]))
         return [memory(scratch)]
 
-    def _place(self, use: Use, start: int, stop: int) -> memoryview | None:
-        """The memory of the destination where the bytes `start` to `stop` go to one place there; else None."""
+    def _place(self, use: Use, start: int, stop: int) -> Tensor | None:
+        """The bytes of the destination where those from `start` to `stop` go to one place there; else None."""
         key, target, buffer = self.targets[use.target]
         plain = buffer is not None and buffer.device.type == "cpu" and buffer.is_contiguous() and start < stop
         if buffer is None or not plain or buffer.dtype is not DTYPES[self.manifest.tensors[key].dtype]:
@@ -135,7 +198,14 @@ class _Reader:
             first = _one_place(use.boxes(start, stop), target)
         if first is None:
             return None
-        return memory(buffer)[first * use.itemsize : first * use.itemsize + stop - start]
+        return buffer.detach().reshape(-1).view(torch.uint8)[first * use.itemsize :][: stop - start]
+
+    def _put(self, use: Use, start: int, stop: int, data: Tensor) -> None:
+        place = self._place(use, start, stop)
+        if place is not None:
+            place.copy_(data)
+        else:
+            self._scatter(use, start, stop, data)
 
     def _scatter(self, use: Use, start: int, stop: int, data: Tensor) -> None:
         """Copy the bytes `start` to `stop` of the file to the part of the wanted box that they belong to."""

@@ -79,6 +79,8 @@ def prune(
 def plan_prune(storage: Storage, keep_last: int, keep_every: int | None = None, grace: float = GRACE) -> Plan:
     """What `prune` would remove; removes nothing."""
     everything = survey(storage)
+    for found in everything:
+        found.refuse_newer()  # it may need files that nobody here knows of
     complete = [found for found in everything if found.complete]
     needs = {f.step: {file.step for file in f.manifest.files} for f in everything if f.manifest}
     reasons = stay(

@@ -21,9 +21,9 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import CheckpointError, StorageError
+from .pagecache import Cached, cached, stretches
 from .retries import retry
 
-Chunk = bytes | memoryview
 T = TypeVar("T")
 
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
@@ -44,7 +44,7 @@ class Storage(Protocol):
     def modified(self, folder: str) -> dict[str, float]:
         """When the names in `folder` were written, in seconds since 1970 by the storage's clock, where it says so."""
 
-    def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+    def create(self, path: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write a new file that survives a crash once this returns. FileExistsError where there is one."""
 
     def publish(self, path: str, data: bytes) -> None:
@@ -57,6 +57,12 @@ class Storage(Protocol):
 
         `each` is called with every target when it is full, in their order, soon enough to find it in the cache.
         """
+
+    def cached(self, path: str, start: int, stop: int) -> Cached | None:
+        """These bytes of the file where they can be looked at without being read, else None."""
+
+    def stamp(self, path: str) -> tuple[int, ...] | None:
+        """Differs once the file has been changed or replaced; None where the storage cannot tell."""
 
     def read_all(self, path: str) -> bytes:
         """The whole of a file."""
@@ -121,14 +127,14 @@ class LocalStorage:
                 times[name] = (self.root / folder / name).stat().st_mtime
         return times
 
-    def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+    def create(self, path: str, chunks: Iterable[bytes | memoryview]) -> None:
         """See Storage. A file that could not be written whole is removed again."""
         place = self.root / path
         handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
-                for chunk in chunks:
-                    _write(handle, chunk)
+                for stretch in stretches(chunks):
+                    _write(handle, stretch)
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -171,6 +177,16 @@ class LocalStorage:
                 if each is not None:
                     each(target)
 
+    def cached(self, path: str, start: int, stop: int) -> Cached | None:
+        """See Storage: those in the page cache."""
+        with open(self.root / path, "rb", buffering=0) as file:
+            return cached(str(self.root / path), file.fileno(), start, stop)
+
+    def stamp(self, path: str) -> tuple[int, ...] | None:
+        """See Storage: inode, size, and when content and inode were changed."""
+        found = (self.root / path).stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
     def read_all(self, path: str) -> bytes:
         """See Storage."""
         with _damage(self.root / path):
@@ -206,10 +222,14 @@ def _damage(place: Path) -> Iterator[None]:
         raise CheckpointError(f"{place} is damaged: the disk cannot read it") from error
 
 
-def _write(handle: int, chunk: Chunk) -> None:
-    view = memoryview(chunk)
-    while view:
-        view = view[os.write(handle, view) :]
+def _write(handle: int, views: list[memoryview]) -> None:
+    while views:
+        done = os.writev(handle, views)
+        while views and done >= len(views[0]):
+            done -= len(views[0])
+            views = views[1:]
+        if done:
+            views = [views[0][done:], *views[1:]]
 
 
 def _sync(folder: Path) -> None:
@@ -264,7 +284,7 @@ class RemoteStorage:
         named = ((entry["name"].rstrip("/"), entry) for entry in found)
         return {name.rsplit("/", 1)[-1]: entry for name, entry in named if name != path.strip("/")}
 
-    def create(self, path: str, chunks: Iterable[Chunk]) -> None:
+    def create(self, path: str, chunks: Iterable[bytes | memoryview]) -> None:
         """See Storage; the whole object is in memory once."""
         self.publish(path, b"".join(chunks))
 
@@ -326,6 +346,14 @@ class RemoteStorage:
             at += len(target)
             if each is not None:
                 each(target)
+
+    def cached(self, path: str, start: int, stop: int) -> Cached | None:
+        """See Storage: none are here."""
+        return None
+
+    def stamp(self, path: str) -> tuple[int, ...] | None:
+        """See Storage."""
+        return None
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""

@@ -99,7 +99,7 @@ def test_what_does_not_fit_the_staging_memory_is_written_at_once(tmp_path: Path)
 def test_an_error_is_logged_at_once_and_raised_by_the_next_call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(handle: int, chunk: Any) -> None:
+    def full(handle: int, views: Any) -> None:
         raise OSError(28, "No space left on device")
 
     model = Small()
@@ -163,7 +163,7 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
     def held() -> Any:
         return bits(dict(model.state_dict())), [bits(dict(opt.state[p])) for p in model.parameters()]
 
-    def full(handle: int, chunk: Any) -> None:
+    def full(handle: int, views: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with Checkpointer(root, keep_last=2) as checkpoints:

@@ -14,10 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from fastopt import Adam
 from fastopt.checkpoint import load, prune, save, steps
 from fastopt.checkpoint.catalog import look, verified_mark
 from fastopt.checkpoint.retention import plan_prune, stay
 from fastopt.checkpoint.storage import open_storage
+
+from .jobs import Small, data_files, train
 
 HOUR = 3600.0
 
@@ -112,6 +115,24 @@ def test_a_mark_is_of_one_manifest_only(tmp_path: Path) -> None:
     mark(tmp_path, 1)
     assert look(open_storage(tmp_path), 1).verified
     assert prune(tmp_path, keep=1) == []
+
+
+def test_a_load_that_has_read_everything_counts_as_verified(tmp_path: Path) -> None:
+    model = Small()
+    opt = Adam(model.named_parameters(), lr=0.1)
+    train(model, opt)
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step=step, model=model, opt=opt, reuse=False)
+    load(tmp_path, step=1, model=model, opt=opt)
+    load(tmp_path, step=2, model=model, rng=False)
+    file = data_files(tmp_path / "step-00000003")[0]
+    data = bytearray(file.read_bytes())
+    data[20] ^= 4  # in the header, which loading does not need
+    file.write_bytes(data)
+    load(tmp_path, step=3, model=model, opt=opt)
+    found = {step: look(open_storage(tmp_path), step).verified for step in steps(tmp_path)}
+    assert found == {1: True, 2: False, 3: False, 4: False}
+    assert prune(tmp_path, keep_last=1) == [2, 3]
 
 
 def test_an_incomplete_one_neither_counts_nor_goes(tmp_path: Path) -> None:

@@ -100,6 +100,37 @@ def test_another_dtype_is_taken_only_when_asked_for(tmp_path: Path) -> None:
         load(tmp_path / "b", model=whole, cast=True)
 
 
+@pytest.mark.parametrize("staging", [0, 1 << 30])
+def test_states_of_another_dtype_are_rounded_only_when_asked_for(staging: int, tmp_path: Path) -> None:
+    def job(dtype: torch.dtype) -> tuple[nn.Module, Adam]:
+        torch.manual_seed(0)
+        model = nn.Linear(5, 4)
+        opt = Adam(model.named_parameters(), lr=0.1)
+        for p in model.parameters():
+            opt.state[p] = {"grad_avg": torch.rand_like(p), "sqr_avg": torch.rand_like(p).to(dtype), "step": 3}
+        return model, opt
+
+    model, opt = job(torch.float32)
+    save(tmp_path, step=1, model=model, opt=opt)
+    for strict in (True, False):
+        other, live = job(torch.bfloat16)
+        live.state[other.bias]["sqr_avg"].zero_()
+        before = bits([dict(live.state[p]) for p in other.parameters()])
+        if strict:
+            with pytest.raises(CheckpointError, match=r"another dtype \(cast=True rounds them\): sqr_avg of weight"):
+                load(tmp_path, opt=live, staging=staging)
+            assert bits([dict(live.state[p]) for p in other.parameters()]) == before
+        else:
+            found = load(tmp_path, opt=live, staging=staging, strict=False)
+            assert "sqr_avg of bias (stored float32, live bfloat16)" in found.report[0]
+            assert not live.state[other.bias]["sqr_avg"].any()
+            assert torch.equal(live.state[other.bias]["grad_avg"], opt.state[model.bias]["grad_avg"])
+    load(tmp_path, opt=live, staging=staging, cast=True)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(live.state[q]["sqr_avg"], opt.state[p]["sqr_avg"].to(torch.bfloat16))
+        assert live.state[q]["sqr_avg"].dtype is torch.bfloat16
+
+
 def damage(folder: Path, kind: str) -> None:
     """Flip a bit in the middle of the largest file of `kind`."""
     file = max((f for f in data_files(folder) if f.name.startswith(kind)), key=lambda f: f.stat().st_size)
@@ -228,8 +259,9 @@ def test_the_loss_scaler_and_the_position_in_the_data_come_back(ranks: Ranks, tm
         load(tmp_path / "none", scaler=torch.amp.GradScaler("cpu"))
 
 
+@pytest.mark.parametrize("in_cache", [True, False])
 def test_a_file_that_is_lost_between_verifying_and_reading_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastopt.checkpoint import loading
 
@@ -237,10 +269,13 @@ def test_a_file_that_is_lost_between_verifying_and_reading_is_told(
     save(tmp_path, step=1, model=model)
     verify = loading.verify
 
-    def then_lost(*args: Any) -> None:
-        verify(*args)
+    def then_lost(*args: Any) -> Any:
+        stamps = verify(*args)
         damage(tmp_path / "step-00000001", "model")
+        return stamps
 
     monkeypatch.setattr(loading, "verify", then_lost)
-    with pytest.raises(CheckpointError, match=r"partly loaded, load them again: .*is damaged"):
+    if not in_cache:
+        monkeypatch.setattr("fastopt.checkpoint.storage.cached", lambda *_: None)
+    with pytest.raises(CheckpointError, match=r"partly loaded, load them again: .*(is damaged|was changed)"):
         load(tmp_path, model=model, staging=0)

@@ -1,0 +1,93 @@
+"""Local files and the page cache: what it holds already is looked at there; writing makes that cheap later.
+
+See [Note: without a copy].
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+# [Note: without a copy]
+# A checksum needs to see bytes, not to have them: through a mapping that costs a third of reading them. Mappings have
+# a trap: a page that cannot be brought in, of a disk that fails or a file that somebody has cut, kills the process. So
+# only what lies in the page cache is mapped, as a read that must not wait (RWF_NOWAIT) says. Network filesystems,
+# where others may cut a file, do not know such reads. And pages are brought in by MADV_POPULATE_READ, whose failure is
+# an error like any other. Whatever is not so is read as usual, and so is everything on systems that lack either.
+# Pages count as this process's memory as long as they are mapped, hence one window at a time.
+
+WINDOW = 4 << 20
+_STRETCH = 16 << 20  # bytes written at once
+_VIEWS = 1024  # that one system call takes
+_PROBED = 1 << 20  # bytes between two looks into the page cache
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)
+_POPULATE_READ = 22  # since Linux 5.14; Python's mmap module does not name it
+
+
+class Cached:
+    """Bytes `start` to `stop` of the file `path`, all or nearly all of them in the page cache."""
+
+    def __init__(self, path: str, memory: mmap.mmap, start: int, stop: int) -> None:
+        self.path, self._memory = path, memory
+        self._before = start % mmap.ALLOCATIONGRANULARITY
+        self._size = stop - start
+
+    def windows(self) -> Iterator[Tensor]:
+        """The bytes, at most WINDOW of them at once, to be looked at before the next are asked for.
+
+        Raises CheckpointError where the disk cannot read them.
+        """
+        data = torch.frombuffer(self._memory, dtype=torch.uint8)
+        for at in range(self._before, self._before + self._size, WINDOW):
+            stop = min(at + WINDOW, self._before + self._size)
+            first = at // mmap.PAGESIZE * mmap.PAGESIZE
+            try:
+                self._memory.madvise(_POPULATE_READ, first, stop - first)
+            except OSError as error:
+                raise CheckpointError(f"{self.path} is damaged: the disk cannot read it") from error
+            yield data[at:stop]
+            self._memory.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+
+def cached(path: str, handle: int, start: int, stop: int) -> Cached | None:
+    """Bytes `start` to `stop` of the open file `handle`; None where they cannot be had without a copy or a disk."""
+    if not _NOWAIT or start >= stop:
+        return None
+    byte = bytearray(1)
+    try:
+        for at in (*range(start, stop, _PROBED), stop - 1):
+            if os.preadv(handle, [byte], at, _NOWAIT) != 1:
+                return None
+        base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        # a private mapping may be written to, which nobody does; torch wants none that may not
+        memory = mmap.mmap(handle, stop - base, access=mmap.ACCESS_COPY, offset=base)
+        memory.madvise(_POPULATE_READ, 0, mmap.PAGESIZE)
+    except (OSError, ValueError):  # it would have to wait; a system or filesystem that does not know of this
+        return None
+    return Cached(path, memory, start, stop)
+
+
+def stretches(chunks: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
+    """The chunks in lists, each of which fills the file up to a multiple of _STRETCH.
+
+    The page cache then holds the file in large pieces, which makes both writing and mapping it cheaper.
+    """
+    stretch: list[memoryview] = []
+    room = _STRETCH
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view:
+            stretch.append(view[:room])
+            view = view[len(stretch[-1]) :]
+            room -= len(stretch[-1])
+            if not room or len(stretch) == _VIEWS:
+                yield stretch
+                stretch, room = [], room or _STRETCH
+    if stretch:
+        yield stretch
