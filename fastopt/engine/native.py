@@ -63,6 +63,14 @@ def status() -> tuple[bool, str]:
     return native() is not None, f"compiled, in {library}"
 
 
+def wait() -> Any | None:
+    """As `native`, when the compiler has done its work: what a benchmark starts with."""
+    native()
+    if "compiler" in _state:
+        _state["compiler"].join()
+    return native()
+
+
 def _find_or_compile() -> None:
     wanted = os.environ.get(VARIABLE, "")
     try:

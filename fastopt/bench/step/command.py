@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from ...engine import native
 from ...machine import cpu_name
 from . import chart, results, rivals
 from .clock import Clock, copy_bandwidth
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> Result:
     )
     result = Result(device_name(args.device), versions(), settings.copy_gb_per_s, torch.get_num_threads())
     print("\n".join(results.HEAD))
-    result.notes = rivals.notes(args.compile_up_to)
+    how = "compiled functions" if native.wait() is not None else "Python"
+    result.notes = [f"fastopt: {how} looked where the tensors lie.", *rivals.notes(args.compile_up_to)]
     first = "resnet-50" if "resnet-50" in args.models else args.models[0]
     for model, n_groups, rule in plan(args.models, args.rules):
         if time.perf_counter() - start > args.limit:
