@@ -100,6 +100,7 @@ def _alike(folder: Path) -> Iterator[None]:
     from matplotlib import pyplot, rc_context
 
     pyplot.switch_backend("Agg")
+    pyplot.close("all")  # a page shows its own figures only
     before, threads = Path.cwd(), torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
