@@ -80,7 +80,7 @@ class Looked:
             states: look at the states too; not needed where nobody else can have touched them.
         """
         self._steps += 1
-        if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= _MANY:
+        if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= MANY:
             self._better_eyes()
         found = self._eyes.look(self.addresses, states)
         self.version += found != SAME
@@ -96,7 +96,7 @@ class Looked:
 
 
 #: From this many parameters on, and this many steps with the same tensors, compiled functions do the looking.
-_MANY, _OFTEN = 32, 16
+MANY, _OFTEN = 32, 16
 
 
 class Eyes:

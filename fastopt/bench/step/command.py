@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from ...engine import native
+from ...engine.look import MANY
 from ...machine import cpu_name
 from . import chart, results, rivals
 from .clock import Clock, copy_bandwidth
@@ -107,8 +108,10 @@ def run(args: argparse.Namespace) -> Result:
     )
     result = Result(device_name(args.device), versions(), settings.copy_gb_per_s, torch.get_num_threads())
     print("\n".join(results.HEAD))
-    how = "compiled functions" if native.wait() is not None else "Python"
-    result.notes = [f"fastopt: {how} looked where the tensors lie.", *rivals.notes(args.compile_up_to)]
+    result.notes = rivals.notes(args.compile_up_to)
+    if any(len(MODELS[model]()) >= MANY for model in args.models):
+        how = "compiled functions" if native.wait() is not None else "Python"
+        result.notes.insert(0, f"fastopt: {how} looked where the tensors lie.")
     first = "resnet-50" if "resnet-50" in args.models else args.models[0]
     for model, n_groups, rule in plan(args.models, args.rules):
         if time.perf_counter() - start > args.limit:
