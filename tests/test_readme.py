@@ -76,6 +76,42 @@ def test_the_table_has_the_committed_results() -> None:
     assert [claim for claim in said if claim not in page] == []
 
 
+def test_the_tables_have_the_committed_results() -> None:
+    rows = re.findall(
+        r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]*) ?\|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    folder = ROOT / "docs" / "benchmarks"
+    zero = {row["who"]: row for row in json.loads((folder / "zero-2xh200.json").read_text())["rows"]}
+    saving = json.loads((folder / "checkpoint-cpu.json").read_text())
+    reshard = saving["reshard"]
+    iterations = {
+        "forward and backward alone": "compute only",
+        "`shard`, stage 2": "fastopt stage 2",
+        "the same, clipping": "fastopt stage 2, clipping",
+        "the same, 219 groups": "fastopt stage 2, 219 groups",
+        'the same, `transport="copy"`': "fastopt stage 2, copies",
+        "DDP, bfloat16 without masters": "DDP bfloat16 without master, torch fused",
+        "DDP, float32": "DDP float32, torch fused",
+        "DDP with ZeroRedundancyOptimizer, float32": "DDP float32, ZeroRedundancyOptimizer",
+        "`fully_shard`": "fully_shard, torch fused",
+    }
+    seconds = {
+        "raw writes and reads": ("raw save", "raw load", "raw"),
+        "fastopt": ("fastopt save", "fastopt load in place", "fastopt in place"),
+        "`torch.distributed.checkpoint`": ("DCP save", "DCP load", "DCP"),
+        "`torch.save` per rank": ("torch.save save", "torch.save load", None),
+    }
+    wanted = []
+    for name, who in iterations.items():
+        row = zero[who]
+        gib = [f"{row[key] / 2**30:.1f}" for key in ("resident_bytes", "peak_bytes")]
+        wanted.append((name, f"{row['iteration_ms']:.1f}", *gib))
+    for name, (save, load, on_one) in seconds.items():
+        last = f"{reshard[on_one]['seconds']:.2f}" if on_one else ""
+        wanted.append((name, f"{saving[save]['seconds']:.2f}", f"{saving[load]['seconds']:.2f}", last))
+    assert rows == wanted
+
+
 def test_the_guide_saves_in_the_background_and_resumes(tmp_path: Path) -> None:
     (code,) = GUIDE
     code = code.replace("URL", repr(str(tmp_path / "run")))

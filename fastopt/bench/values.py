@@ -1,9 +1,15 @@
-"""Results read back from JSON."""
+"""What goes into a result and is read back from JSON."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 from typing import Any
+
+
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, as a note of a result has it: many a package raises without a word."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
 
 
 def made(kind: Any, values: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastopt.bench.values import in_a_line
 from fastopt.bench.zero import trace
 from tests.commands import ROOT, torchrun
 from tests.warm import run_script
@@ -97,3 +98,9 @@ def test_collectives_with_lists_of_tensors_take_the_dtype_from_the_backend() -> 
     found = trace.wire(events, world_size=4)
     assert found.collectives == 2
     assert found.sent == pytest.approx(3 / 4 * (2 * 30 * 2 + 8 * 4))
+
+
+def test_what_goes_wrong_in_a_package_is_one_line_even_where_it_says_nothing() -> None:
+    assert in_a_line(AssertionError()) == "AssertionError"
+    assert in_a_line(SystemExit(1)) == "SystemExit: 1"
+    assert in_a_line(RuntimeError("\nno such op\nsee there")) == "RuntimeError: no such op"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import Optimizer
+from ..values import in_a_line
 from .clock import Clock
 from .models import MODELS
 from .results import Row
@@ -102,7 +103,7 @@ def measure(model: str, n_groups: int, rule: str, clock: Clock, settings: Settin
         except Exception as error:
             if rival.who in (OURS, LOOP):
                 raise
-            notes.append(f"{rival.who}, {rule} on {model}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            notes.append(f"{rival.who}, {rule} on {model}: {in_a_line(error)}")
     _take_turns(turns, tensors, clock, 2 * settings.seconds * len(turns))
     n = sum(p.numel() for p in tensors)
     rows = _rows(model, n_groups, rule, turns, bytes_per_element(turns[0].opt, rule) * n / settings.copy_gb_per_s / 1e6)

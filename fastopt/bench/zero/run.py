@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
+from ..values import in_a_line
 from . import trace
 from .model import count_parameters
 from .results import Row
@@ -64,10 +65,10 @@ def run(
                 break
             try:
                 contenders += _start(setting, waiting.pop(name), plan)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 if name not in OTHERS and not isinstance(error, NotImplementedError):
                     raise
-                notes.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}.")
+                notes.append(f"{name}: {in_a_line(error)}.")
         for _ in range(plan.rounds):
             for each in contenders:
                 each.times += _turn(setting.device, each.iterate, plan.iterations)
