@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
+
+
+def write_beside(result: Any, page: str, path: Path) -> None:
+    """Write the dataclass `result` as JSON to `path`, with its `page` of Markdown beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..values import made
+from ..values import made, write_beside
 
 
 @dataclass
@@ -53,9 +53,7 @@ class Result:
 
 def write(result: Result, path: Path) -> None:
     """Write `result` as JSON, with the table beside it as Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(result))
+    write_beside(result, page(result), path)
 
 
 def read(path: Path) -> Result:

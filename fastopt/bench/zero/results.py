@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..values import made
+from ..values import made, write_beside
 from .trace import Kernels
 
 GIB = 2**30
@@ -60,9 +60,7 @@ class Result:
 
 def write(result: Result, path: Path) -> None:
     """Write `result` as JSON, with the tables beside it as Markdown."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(result))
+    write_beside(result, page(result), path)
 
 
 def read(path: Path) -> Result:
