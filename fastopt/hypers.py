@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, TypeVar, overload
 
 from torch import Tensor
@@ -102,6 +103,25 @@ class HyperNames:
                 found.update(zip(names, value, strict=True))
             else:
                 found[name] = value
+        return found
+
+    def columns(self, groups: Sequence[Mapping[str, Any]], keys: Iterable[str | None]) -> dict[str, list[Any]] | None:
+        """The hypers that the entries `keys` hold, by their own names, with one value per group.
+
+        None where an entry is no hyper, or not one hyper alone, or missing somewhere: `hypers` tells those apart.
+        """
+        found: dict[str, list[Any]] = {}
+        for key in keys:
+            if key is None or key in _BOOKKEEPING or self._is_spread(key):
+                return None
+            name = self.hp_map.get(key, key)
+            others = {name, *(stored.partition("__")[0] for stored, hyper in self.hp_map.items() if hyper == name)}
+            if any(other in group for other in others - {key} for group in groups):
+                return None
+            try:
+                found[name] = list(map(itemgetter(key), groups))
+            except KeyError:
+                return None
         return found
 
     def _plan(self, keys: tuple[str, ...]) -> list[tuple[str, str, list[str] | None]]:

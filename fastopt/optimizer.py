@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -235,7 +235,7 @@ class Optimizer(_BaseOptimizer):
         if not isinstance(state, ParamState):  # somebody has put another mapping in its place
             return False
         reads = state.reads
-        made = self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, launch)
+        made = self.runner.repeat(self.cbs, self.param_groups, state, self._hypers_to_run, self._new_hypers, launch)
         state.own_reads += state.reads - reads  # no cb was called
         return made
 
@@ -310,6 +310,10 @@ class Optimizer(_BaseOptimizer):
         hypers = self.hypers_of(i)
         self._warn_of_ignored_momentum(hypers)
         return hypers
+
+    def _new_hypers(self, keys: Sequence[str | None]) -> dict[str, list[Any]] | None:
+        """The hypers of all groups that entries `keys` hold, None if one has to look at the groups one by one."""
+        return None if "momentum" in keys else self._names.columns(self.param_groups, keys)
 
     def _warn_of_ignored_momentum(self, hypers: Mapping[str, Any]) -> None:
         """Say once that a momentum set later has no effect on a chain that was built without (mom=0)."""

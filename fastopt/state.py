@@ -117,7 +117,7 @@ class Entry(Watched):
     def _before(self) -> None:
         self.owner.settle()
 
-    def _after(self) -> None:
+    def _after(self, key: str | None = None) -> None:
         owner = self.owner
         if self and self._param not in owner:
             owner[self._param] = self

@@ -8,9 +8,20 @@ from typing import Any, Self
 
 
 class Watch:
-    """Counts the changes of all dicts that belong to it."""
+    """Counts the changes of all dicts that belong to it.
 
-    changes = 0
+    Attributes:
+        changes: how many there have been.
+        written: name of an entry to the number of the last change that set it; a change of another sort is under None.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self.written: dict[str | None, int] = {}
+
+    def written_since(self, changes: int) -> list[str | None]:
+        """The names of the entries that were set after the first `changes` changes, None for changes of other sorts."""
+        return [name for name, number in self.written.items() if number > changes]
 
 
 class Watched(dict[str, Any]):
@@ -25,14 +36,16 @@ class Watched(dict[str, Any]):
     def _before(self) -> None:
         """Called before anything changes."""
 
-    def _after(self) -> None:
-        """Called after a change."""
-        self.watch.changes += 1
+    def _after(self, key: str | None = None) -> None:
+        """Called after a change; `key` is the entry that was set, if it was that."""
+        watch = self.watch
+        watch.changes += 1
+        watch.written[key] = watch.changes
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._before()
         super().__setitem__(key, value)
-        self._after()
+        self._after(key)
 
     def __delitem__(self, key: str) -> None:
         self._before()

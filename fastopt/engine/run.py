@@ -195,6 +195,7 @@ class Engine:
         groups: Sequence[Group],
         state: ParamState,
         hypers_of: Callable[[int], dict[str, Any]],
+        new_hypers: Callable[[Sequence[str | None]], dict[str, list[Any]] | None],
         launch: bool = True,
     ) -> bool:
         """Make a step of a whole optimizer if it is like the last one; tells whether it was made.
@@ -203,6 +204,8 @@ class Engine:
             cbs: the chain.
             groups, state: of the optimizer, as in `expect`.
             hypers_of: the hypers of a group, by its index.
+            new_hypers: the hypers that entries of the groups hold, by name with a value per group; None if it takes
+                `hypers_of` to know.
             launch: as for `TritonRuns.run`.
         """
         whole, name = self._whole, requested(self.name)[0]
@@ -212,8 +215,11 @@ class Engine:
         steady = self._steady.get(None)
         if steady is None:
             return False
-        if whole.hypers_changed() and not steady.set_hypers({i: hypers_of(i) for i in steady.stepping()}):
-            return False
+        if whole.hypers_changed():
+            found = new_hypers(whole.written())
+            taken = found is not None and steady.put_hypers(found)
+            if not taken and not steady.set_hypers({i: hypers_of(i) for i in steady.stepping()}):
+                return False
         whole.take_hypers()
         cohorts = steady.cohorts()
         if cohorts is None:

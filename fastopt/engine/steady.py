@@ -20,7 +20,7 @@ from torch import Tensor
 from ..state import Entry, ParamState
 from ..watched import Watch, watch_of
 from .chain import Chain, Kind, hypers_kind
-from .columns import NoColumn, columns, evaluate_columns, row_of
+from .columns import NoColumn, column, columns, evaluate_columns, row_of
 from .look import Looked, grads_of, same, same_members
 from .plan import Cohort
 from .program import Program
@@ -109,6 +109,18 @@ class SteadyCohort:
                 self._columns = columns(now), self._columns[1]
             except (NoColumn, KeyError):
                 self._leave_columns()
+
+    def put_hypers(self, found: Mapping[str, list[Any]]) -> None:
+        """Take other values of some hypers, by name with one value per group of the optimizer."""
+        for name, values in found.items():
+            now = [values[group] for group in self.cohort.groups]
+            for hypers, value in zip(self.hypers, now, strict=True):
+                hypers[name] = value
+            if self._columns is not None:
+                try:
+                    self._columns = {**self._columns[0], name: column(now)}, self._columns[1]
+                except NoColumn:
+                    self._leave_columns()
 
     def renew(self) -> bool:
         """Compute the scalars for the numbers of this step; False where another recording is needed."""
@@ -245,6 +257,18 @@ class Steady:
             each.set_hypers(hypers)
         return True
 
+    def put_hypers(self, found: Mapping[str, list[Any]]) -> bool:
+        """Take other values of some hypers, by name with one value per group; False if more than numbers differ."""
+        for i, (names, types, full) in self._kinds.items():
+            if full is not None:
+                return False
+            for name, values in found.items():
+                if name not in names or type(values[i]) is not types[names.index(name)]:
+                    return False
+        for each in self.steady:
+            each.put_hypers(found)
+        return True
+
     def cohorts(self) -> list[Cohort] | None:
         """The cohorts with the numbers of this step, None if it differs from the last one in more than numbers."""
         if all(each.unchanged() for each in self.steady) and all(each.renew() for each in self.steady):
@@ -290,6 +314,10 @@ class Whole:
     def hypers_changed(self) -> bool:
         """Whether something was written to a group."""
         return self._changes != self._watch.changes
+
+    def written(self) -> list[str | None]:
+        """The entries of the groups that were set since the last step; None for changes of other sorts."""
+        return self._watch.written_since(self._changes)
 
     def take_hypers(self) -> None:
         """The hypers as they are now have been taken over."""

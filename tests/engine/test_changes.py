@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -68,6 +69,28 @@ def hypers(opt: Any, ps: list[Tensor], i: int) -> None:
     opt.param_groups[2]["betas"] = (0.5, 0.9 - 0.1 * i)
 
 
+WRITES: list[Callable[[Any], Any]] = [
+    lambda groups: [group.__setitem__("lr", 0.01 * (k + 1)) for k, group in enumerate(groups)],
+    lambda groups: groups[1].__setitem__("weight_decay", 0.3),
+    lambda groups: groups[0].__setitem__("betas", (0.7, 0.8)),
+    lambda groups: [group.update(lr=0.02, eps=1e-3) for group in groups],
+    lambda groups: groups[2].__setitem__("initial_lr", 1.0),
+    lambda groups: groups[0].__setitem__("lr", 1),
+    lambda groups: groups[1].__setitem__("wd", 0.4),  # hides what the entry `weight_decay` says
+    lambda groups: groups[1].__setitem__("weight_decay", 0.5),
+    lambda groups: groups[1].pop("wd"),
+    lambda groups: [group.__setitem__("eps", 1e-2 * (k + 1)) for k, group in enumerate(groups)],
+]
+
+
+def entries_of_groups(opt: Any, ps: list[Tensor], i: int) -> None:
+    """Another sort of write before every second step, and one number before the others."""
+    if i >= 2 and i % 2 == 0:
+        WRITES[i // 2 - 1](opt.param_groups)
+    elif i >= 2:
+        opt.param_groups[i % 3]["lr"] *= 0.9
+
+
 def add_group(opt: Any, ps: list[Tensor], i: int) -> None:
     if i == 2:
         extra = torch.full((3, 3), 0.5, requires_grad=True)
@@ -84,6 +107,11 @@ def other_layout(opt: Any, ps: list[Tensor], i: int) -> None:
 
 
 CHANGES = [freeze, some_without_gradient, clear, load, move_data, replace_state, marks, hypers, add_group, other_layout]
+
+
+@each_engine
+def test_entries_that_are_written_to_groups(engine: str) -> None:
+    side_by_side(adam, engine, torch.float32, steps=2 + 2 * len(WRITES), between=entries_of_groups)
 
 
 @each_engine
@@ -191,3 +219,32 @@ def test_scalars_by_columns_follow_every_way_of_the_chain(by_columns: list[int])
     side_by_side(build, "foreach", torch.float32, steps=16, between=between, shapes=shapes)
     assert len(by_columns) >= 10
     assert set(by_columns) == {len(shapes)}
+
+
+def test_columns_follow_entries_that_are_written_to_groups(by_columns: list[int]) -> None:
+    def build(ps: list[Tensor], engine: str) -> Optimizer:
+        return Adam(_groups(ps), lr=slice(1e-3, 1e-2), wd=0.1, engine=engine)
+
+    steps = 2 + 2 * len(WRITES)
+    shapes = ((4, 5), (7,), (3, 0), (33, 40), (5,))
+    side_by_side(build, "foreach", torch.float32, steps=steps, between=entries_of_groups, shapes=shapes)
+    assert len(by_columns) >= 4
+
+
+def test_only_what_was_written_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that writes one entry of each of many groups does not have all of their hypers collected anew."""
+    ps = [torch.ones(2, requires_grad=True) for _ in range(20)]
+    opt = Adam([[p] for p in ps], engine="foreach")
+    for p in ps:
+        p.grad = torch.ones(2)
+    opt.step()
+    opt.step()
+    monkeypatch.setattr(type(opt), "hypers_of", lambda self, i: pytest.fail(f"group {i} was looked at"))
+    for group in opt.param_groups:
+        group["lr"] *= 0.5
+    opt.step()
+    before = [p.detach().clone() for p in ps]
+    for group in opt.param_groups:
+        group["lr"] = 0.0
+    opt.step()
+    assert all(torch.equal(p, was) for p, was in zip(ps, before, strict=True))
