@@ -126,7 +126,7 @@ def _start(rival: Rival, groups: list[list[Tensor]], clock: Clock, settings: Set
     first_ms = clock.steps(opt.step, 1)
     clock.steps(opt.step, 1 if rival.who == LOOP else WARM_UP)
     ms = clock.steps(opt.step, 1)
-    calls = CYCLE * max(1, min(8, int(20 / ms / CYCLE))) if ms * CYCLE < settings.seconds * 1e3 else 1
+    calls = CYCLE * max(1, min(24, int(20 / ms / CYCLE))) if ms * CYCLE < settings.seconds * 1e3 else 1
     rounds = max(LEAST_ROUNDS, min(settings.rounds, int(settings.seconds * 1e3 / (ms * calls))))
     return Turns(rival, opt, first_ms, calls, rounds, [], [], [])
 
