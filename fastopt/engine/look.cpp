@@ -49,26 +49,18 @@ Found look(const at::Tensor& x, int64_t& address, int64_t& kind) {
 // The gradient as it is there: `Tensor::grad` also asks whether to warn of a tensor that is no leaf.
 const at::Tensor& grad_of(const at::Tensor& x) { return x.unsafeGetTensorImpl()->grad(); }
 
-constexpr Py_ssize_t AHEAD = 8, NEXT = 3;
+// Tensors that are looked at together. Most of the time goes into waiting for memory, so what is needed of all of them is
+// asked for in one turn before the next, which follows where that points to.
+constexpr Py_ssize_t TOGETHER = 16;
 
-void fetch(const c10::TensorImpl* impl) {
-  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(impl) + line);
+void fetch(const void* place) { __builtin_prefetch(place); }
+
+void fetch_tensor(const c10::TensorImpl* impl) {
+  for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) fetch(reinterpret_cast<const char*>(impl) + line);
 }
 
-// The tensor `ahead` places on, if it is there and can be had without asking.
-const at::Tensor* tensor_ahead(PyObject* list, Py_ssize_t i, Py_ssize_t ahead) {
-  if (i + ahead >= PyList_GET_SIZE(list)) return nullptr;
-  PyObject* item = PyList_GET_ITEM(list, i + ahead);
-  return THPVariable_CheckExact(item) ? &THPVariable_Unpack(item) : nullptr;
-}
-
-// Most of the time goes into waiting for memory: ask for what comes next but a few, the gradients once their
-// parameters are there.
-void fetch(PyObject* list, Py_ssize_t i, bool grads) {
-  if (i + 2 * AHEAD < PyList_GET_SIZE(list)) __builtin_prefetch(PyList_GET_ITEM(list, i + 2 * AHEAD));
-  if (const auto* x = tensor_ahead(list, i, AHEAD)) fetch(x->unsafeGetTensorImpl());
-  if (const auto* x = grads ? tensor_ahead(list, i, NEXT) : nullptr) fetch(grad_of(*x).unsafeGetTensorImpl());
+void fetch_storage(const c10::TensorImpl* impl) {
+  if (impl->has_storage()) fetch(impl->unsafe_storage().unsafeGetStorageImpl());
 }
 
 // An int64 array that belongs to Python.
@@ -97,18 +89,28 @@ PyObject* look_at(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   const Py_ssize_t n = PyList_GET_SIZE(params), n_states = PyList_GET_SIZE(states);
   TORCH_CHECK_TYPE(addresses.size() == (2 + n_states) * n && kinds.size() == 2 * n, "arrays of another size");
   int of_params = SAME, of_grads = SAME, of_states = SAME;
-  for (Py_ssize_t i = 0; i < n; i++) {
-    fetch(params, i, true);
-    const at::Tensor& p = tensor(params, i);
-    of_params = std::max<int>(of_params, look(p, addresses.data()[i], kinds.data()[i]));
-    of_grads = std::max<int>(of_grads, look(grad_of(p), addresses.data()[n + i], kinds.data()[n + i]));
+  const at::Tensor *ps[TOGETHER], *grads[TOGETHER];
+  for (Py_ssize_t start = 0; start < n; start += TOGETHER) {
+    const Py_ssize_t m = std::min(TOGETHER, n - start), next = std::min(TOGETHER, n - start - m);
+    for (Py_ssize_t i = 0; i < next; i++) fetch(PyList_GET_ITEM(params, start + m + i));
+    for (Py_ssize_t i = 0; i < m; i++) fetch_tensor((ps[i] = &tensor(params, start + i))->unsafeGetTensorImpl());
+    for (Py_ssize_t i = 0; i < m; i++) {
+      fetch(ps[i]->unsafeGetTensorImpl()->autograd_meta());
+      fetch_storage(ps[i]->unsafeGetTensorImpl());
+    }
+    for (Py_ssize_t i = 0; i < m; i++) fetch_tensor((grads[i] = &grad_of(*ps[i]))->unsafeGetTensorImpl());
+    for (Py_ssize_t i = 0; i < m; i++) fetch_storage(grads[i]->unsafeGetTensorImpl());
+    int64_t *address = addresses.data() + start, *kind = kinds.data() + start;
+    for (Py_ssize_t i = 0; i < m; i++) {
+      of_params = std::max<int>(of_params, look(*ps[i], address[i], kind[i]));
+      of_grads = std::max<int>(of_grads, look(*grads[i], address[n + i], kind[n + i]));
+    }
   }
   for (Py_ssize_t k = 0; k < n_states; k++) {
     PyObject* state = PyList_GET_ITEM(states, k);
     TORCH_CHECK_TYPE(PyList_Check(state) && PyList_GET_SIZE(state) == n, "a state needs a tensor for each parameter");
     int64_t* known = addresses.data() + (2 + k) * n;
     for (Py_ssize_t i = 0; i < n; i++) {
-      fetch(state, i, false);
       const auto now = reinterpret_cast<int64_t>(tensor(state, i).const_data_ptr());
       if (known[i] != now) of_states = MOVED;
       known[i] = now;
@@ -127,9 +129,9 @@ PyObject* same_members(PyObject*, PyObject* args) {
   const Py_ssize_t n_lists = PyList_GET_SIZE(lists);
   for (Py_ssize_t k = 0; k < n_lists; k++) {
     PyObject* list = PyList_GET_ITEM(lists, k);
-    if (k + 2 * AHEAD < n_lists) __builtin_prefetch(PyList_GET_ITEM(lists, k + 2 * AHEAD));
-    if (k + AHEAD < n_lists && PyList_Check(PyList_GET_ITEM(lists, k + AHEAD)))
-      __builtin_prefetch(reinterpret_cast<PyListObject*>(PyList_GET_ITEM(lists, k + AHEAD))->ob_item);
+    if (k + TOGETHER < n_lists) fetch(PyList_GET_ITEM(lists, k + TOGETHER));
+    if (k + TOGETHER / 2 < n_lists && PyList_Check(PyList_GET_ITEM(lists, k + TOGETHER / 2)))
+      fetch(reinterpret_cast<PyListObject*>(PyList_GET_ITEM(lists, k + TOGETHER / 2))->ob_item);
     if (!PyList_Check(list)) Py_RETURN_FALSE;
     const Py_ssize_t size = PyList_GET_SIZE(list);
     if (at + size > n) Py_RETURN_FALSE;
