@@ -135,6 +135,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
                 f"{type(cb.opt).__name__} steps DTensors in its own way, without shard(): use an optimizer of fastopt, "
                 f"or fully_shard(model, mesh=mesh['dp'])"
             )
+    if any(group.get("capturable") for group in opt.param_groups):
+        raise ValueError(
+            "a group is capturable=True, but a sharded step cannot be captured in a CUDA graph: its ranks agree on the "
+            "host on what steps. Build the optimizer without it, or use fully_shard(model), whose steps can be captured"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"shard() takes the model as an nn.Module, got a {type(model).__name__}")
     if stage not in (1, 2):

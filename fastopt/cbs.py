@@ -27,6 +27,7 @@ from .engine.reductions import whole_norm, whole_rms
 Cb = Callable[..., Any]
 F_ = TypeVar("F_", bound=Cb)
 Scalar = float | Tensor
+Count = int | Tensor  # a 0-d tensor on the device of the parameter in groups that are `capturable`
 State = dict[str, Any]
 
 
@@ -49,6 +50,11 @@ def _add_scaled(target: Tensor, update: Tensor, scale: Scalar) -> None:
         target.addcmul_(update, scale.to(target.device))
     else:
         target.add_(update, alpha=scale)
+
+
+def _next(count: Count) -> Count:
+    """The count of one more step; a tensor counts in place, so that a captured step goes on counting."""
+    return count.add_(1) if isinstance(count, Tensor) else count + 1
 
 
 def _grad(p: Tensor) -> Tensor:
@@ -126,12 +132,12 @@ def average_sqr_grad(
 
 
 @declare("elementwise")
-def step_stat(p: Tensor, step: int = 0, **kwargs: Any) -> State:
-    """Count the steps of this parameter in the state `step`, a Python int."""
-    return {"step": step + 1}
+def step_stat(p: Tensor, step: Count = 0, **kwargs: Any) -> State:
+    """Count the steps of this parameter in the state `step`, a Python int (0-d on the device if `capturable`)."""
+    return {"step": _next(step)}
 
 
-def debias(mom: Scalar, damp: Scalar, step: int) -> Scalar:
+def debias(mom: Scalar, damp: Scalar, step: Count) -> Scalar:
     """What an average with factor `mom` and weight `damp` of the new value has summed up to after `step` steps.
 
     damp * (1 - mom^step) / (1 - mom), which is 1 - mom^step where `damp` is 1 - mom.
@@ -164,7 +170,7 @@ def rms_prop_step(
     _add_scaled(p.data, direction / sqr_avg.sqrt().add_(eps), -lr)
 
 
-def _debiased_root(sqr_avg: Tensor, sqr_mom: Scalar, step: int) -> Tensor:
+def _debiased_root(sqr_avg: Tensor, sqr_mom: Scalar, step: Count) -> Tensor:
     """sqrt(v / (1 - s^t)), in a new tensor."""
     return (sqr_avg / debias(sqr_mom, 1 - sqr_mom, step)).sqrt_()
 
@@ -174,7 +180,7 @@ def adam_step(
     p: Tensor,
     lr: Scalar,
     mom: Scalar,
-    step: int,
+    step: Count,
     sqr_mom: Scalar,
     grad_avg: Tensor,
     sqr_avg: Tensor,
@@ -194,7 +200,7 @@ def radam_step(
     p: Tensor,
     lr: Scalar,
     mom: Scalar,
-    step: int,
+    step: Count,
     sqr_mom: float,
     grad_avg: Tensor,
     sqr_avg: Tensor,
@@ -213,12 +219,15 @@ def radam_step(
     scale = -lr / debias(mom, 1 - mom, step)
     r_inf = 2 / (1 - sqr_mom) - 1
     r = r_inf - 2 * step * sqr_mom**step / (1 - sqr_mom**step)
-    if r <= 5:
+    if (r_inf if isinstance(r, Tensor) else r) <= 5:
         return _add_scaled(p.data, grad_avg, scale)
-    rectification = (((r - 4) * (r - 2) * r_inf) / ((r_inf - 4) * (r_inf - 2) * r)) ** 0.5
+    above = r.clamp(min=5) if isinstance(r, Tensor) else r
+    rectification = (((above - 4) * (above - 2) * r_inf) / ((r_inf - 4) * (r_inf - 2) * above)) ** 0.5
     denominator = _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
     if beta:
         denominator = F.softplus(denominator, beta)
+    if isinstance(r, Tensor):  # both ways, because only the device knows
+        return _add_scaled(p.data, torch.where(r > 5, grad_avg / denominator * rectification, grad_avg), scale)
     return _add_scaled(p.data, grad_avg / denominator, scale * rectification)
 
 
@@ -231,7 +240,7 @@ def qhadam_step(
     sqr_avg: Tensor,
     nu_1: float,
     nu_2: float,
-    step: int,
+    step: Count,
     grad_avg: Tensor,
     eps: float,
     **kwargs: Any,
@@ -287,7 +296,7 @@ def lamb_step(
     p: Tensor,
     lr: Scalar,
     mom: Scalar,
-    step: int,
+    step: Count,
     sqr_mom: Scalar,
     grad_avg: Tensor,
     sqr_avg: Tensor,
@@ -321,19 +330,33 @@ def lookahead_start(p: Tensor, slow_weights: Tensor | None = None, **kwargs: Any
 
 @declare("elementwise", defaults={"k": 6, "alpha": 0.5})
 def lookahead_step(
-    p: Tensor, slow_weights: Tensor, lr: Scalar, k: int, alpha: float, count: int = 0, **kwargs: Any
+    p: Tensor, slow_weights: Tensor, lr: Scalar, k: int, alpha: float, count: Count = 0, **kwargs: Any
 ) -> State:
     """Every `k`-th step: slow <- slow + alpha * (p - slow), then p <- slow. Counts in the state `count`.
 
     With lr = 0 the parameter stays where it is. Zhang et al., https://arxiv.org/abs/1907.08610.
     """
-    count += 1
-    if count % k == 0:
-        if isinstance(lr, Tensor):
-            moves = lr.to(p.device) != 0
-            slow_weights.copy_(torch.where(moves, torch.lerp(slow_weights, p.data, alpha), slow_weights))
-            p.data.copy_(torch.where(moves, slow_weights, p.data))
-        elif lr != 0:
-            slow_weights.lerp_(p.data, alpha)
-            p.data.copy_(slow_weights)
+    count = _next(count)
+    due = _is_multiple(count, k)
+    if due is False or (not isinstance(lr, Tensor) and lr == 0):
+        return {"count": count}
+    now = _both(due, lr.to(p.device) != 0 if isinstance(lr, Tensor) else True)
+    if isinstance(now, Tensor):
+        slow_weights.copy_(torch.where(now, torch.lerp(slow_weights, p.data, alpha), slow_weights))
+        p.data.copy_(torch.where(now, slow_weights, p.data))
+    else:
+        slow_weights.lerp_(p.data, alpha)
+        p.data.copy_(slow_weights)
     return {"count": count}
+
+
+def _is_multiple(count: Count, k: int) -> bool | Tensor:
+    """Whether `count` is a multiple of `k`; 0-d where only the device knows, by operations that are recorded."""
+    return (count / k + 0.5).floor() * k == count if isinstance(count, Tensor) else count % k == 0
+
+
+def _both(a: bool | Tensor, b: bool | Tensor) -> bool | Tensor:
+    """Whether both hold; what is no tensor does."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a & b
+    return a if isinstance(a, Tensor) else b

@@ -81,11 +81,22 @@ class Ranger(Lookahead):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.95, 0.99), betas)
         wd = _pick("wd", wd, 0.01, "weight_decay", weight_decay)
         inner = RAdam(
-            params, lr, mom, sqr_mom, eps, wd, beta, decouple_wd, engine=engine, master_weights=master_weights
+            params,
+            lr,
+            mom,
+            sqr_mom,
+            eps,
+            wd,
+            beta,
+            decouple_wd,
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
         )
         super().__init__(inner, k, alpha)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import _BaseOptimizer, outside_compile, tensors_of
+from .capturable import CAPTURABLE, Counted, check_capturable, counts_to_device, on_device
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values, pytorch_hp_map
@@ -33,6 +34,9 @@ class Optimizer(_BaseOptimizer):
         master_weights: step on a float32 copy of each parameter in bfloat16 or float16, kept as `master` in its state,
             and write the rounded result to the parameter. The copy is made at the first step: to set a parameter by
             hand after that, remove its `master` too.
+        capturable: count steps on the device, so that a step captured in a CUDA graph is right when it is replayed
+            without `prepare_replay`. A learning rate that moves is then a 0-d tensor on the device, `fill_`ed. Costs a
+            launch per step. Kept in the groups, where it may also stand by itself.
         **defaults: hyper-parameters, over those in the callbacks' `defaults`: one number, one per group, or a slice.
 
     Raises:
@@ -58,6 +62,7 @@ class Optimizer(_BaseOptimizer):
         "_warned_momentum",
     )
     _warned_momentum = False
+    _counted: Counted | None = None
     cbs: tuple[Callable[..., Any], ...]
 
     def __init__(
@@ -68,6 +73,7 @@ class Optimizer(_BaseOptimizer):
         *,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
         **defaults: Any,
     ) -> None:
         self.cbs = _as_chain(cbs)
@@ -75,6 +81,8 @@ class Optimizer(_BaseOptimizer):
         self._engine = engine
         requested(engine)
         groups = collect_groups(params)
+        if capturable is not False:
+            defaults[CAPTURABLE] = capturable
         hypers = {**chain_defaults(self.cbs), **self._names.to_hypers(defaults)}
         values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
         # a group added later takes the last group's value: it is a new head more often than a new stem
@@ -90,6 +98,7 @@ class Optimizer(_BaseOptimizer):
         """`group` in stored names, with `defaults` where it says nothing itself. Empties what it takes from `group`."""
         own = {k: group.pop(k) for k in list(group) if k not in ("params", "param_names")}
         complete = {**defaults, **self._names.to_stored(own, defaults)}
+        check_capturable(complete)
         self._warn_of_unread(complete)
         return complete
 
@@ -225,6 +234,7 @@ class Optimizer(_BaseOptimizer):
         reads = 0 if state is None else state.reads
         work = list(self._work())
         self.run(work)
+        self._counted = counts_to_device(work, self.state, self._counted)
         if state is not None and not any_spread(work):
             self.runner.expect(self.param_groups, state, list(self._idle()))
             state.own_reads += (state.reads - reads) * self.runner.recorded
@@ -352,10 +362,11 @@ class Optimizer(_BaseOptimizer):
         load_state_dict(self, state_dict)
 
     def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
-        """One value of a loaded state as it is kept for `p` of `group`: tensors on its device, step counts as ints."""
+        """One value of a loaded state as it is kept for `p` of `group`: tensors on its device, step counts as ints, or
+        in a capturable group as tensors there."""
         if isinstance(value, Tensor):
             if key == "step" and value.numel() == 1:
-                return int(value)
+                return on_device(float(value), p) if group.get(CAPTURABLE) else int(value)
             return take(p, value.to(p.device)) if isinstance(p, Tensor) else value
         return value
 

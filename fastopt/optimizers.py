@@ -2,8 +2,8 @@
 
 Common arguments: `params` as for `Optimizer`; `lr`, `mom`, `wd`, ... a number, one per group or a slice; `decouple_wd`
 chooses `weight_decay` (the parameter is decayed) or `l2_reg` (the gradient is); `betas`, `momentum`, `alpha` and
-`weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine` and
-`master_weights` as for `Optimizer`. States have the shape and dtype of their parameter. A value out of range, or one
+`weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine`, `master_weights` and
+`capturable` as for `Optimizer`. States have the shape and dtype of their parameter. A value out of range, or one
 given in both spellings, is a `ValueError` that names the hyper-parameter and the group.
 """
 
@@ -101,13 +101,21 @@ class SGD(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.0, "momentum", momentum)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         groups, with_momentum = _any_momentum(params, mom)
         steps = (average_grad, momentum_step) if with_momentum else (sgd_step,)
         super().__init__(
-            groups, (_decay(decouple_wd), *steps), engine=engine, master_weights=master_weights, lr=lr, mom=mom, wd=wd
+            groups,
+            (_decay(decouple_wd), *steps),
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
+            lr=lr,
+            mom=mom,
+            wd=wd,
         )
 
 
@@ -135,6 +143,7 @@ class RMSProp(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.0, "momentum", momentum)
         sqr_mom = _pick("sqr_mom", sqr_mom, 0.99, "alpha", alpha)
@@ -143,7 +152,16 @@ class RMSProp(NamedOptimizer):
         averages = (average_grad, average_sqr_grad) if with_momentum else (average_sqr_grad,)
         cbs = (_decay(decouple_wd), *averages, rms_prop_step)
         super().__init__(
-            groups, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+            groups,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
+            lr=lr,
+            mom=mom,
+            sqr_mom=sqr_mom,
+            eps=eps,
+            wd=wd,
         )
 
 
@@ -177,12 +195,22 @@ class Adam(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.01, "weight_decay", weight_decay)
         cbs = _adam_chain(decouple_wd, adam_step)
         super().__init__(
-            params, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+            params,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
+            lr=lr,
+            mom=mom,
+            sqr_mom=sqr_mom,
+            eps=eps,
+            wd=wd,
         )
 
 
@@ -209,6 +237,7 @@ class RAdam(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
@@ -218,6 +247,7 @@ class RAdam(NamedOptimizer):
             cbs,
             engine=engine,
             master_weights=master_weights,
+            capturable=capturable,
             lr=lr,
             mom=mom,
             sqr_mom=sqr_mom,
@@ -252,12 +282,23 @@ class QHAdam(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.999, 0.999), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         averages: dict[str, Any] = {"mom": mom, "sqr_mom": sqr_mom, "nu_1": nu_1, "nu_2": nu_2}
         cbs = _adam_chain(decouple_wd, qhadam_step)
-        super().__init__(params, cbs, engine=engine, master_weights=master_weights, lr=lr, eps=eps, wd=wd, **averages)
+        super().__init__(
+            params,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
+            lr=lr,
+            eps=eps,
+            wd=wd,
+            **averages,
+        )
 
 
 class Larc(NamedOptimizer):
@@ -284,6 +325,7 @@ class Larc(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom = _pick("mom", mom, 0.9, "momentum", momentum)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
@@ -295,6 +337,7 @@ class Larc(NamedOptimizer):
             cbs,
             engine=engine,
             master_weights=master_weights,
+            capturable=capturable,
             lr=lr,
             mom=mom,
             trust_coeff=trust_coeff,
@@ -325,10 +368,20 @@ class Lamb(NamedOptimizer):
         weight_decay: Hyper | None = None,
         engine: str | None = None,
         master_weights: bool = False,
+        capturable: bool = False,
     ) -> None:
         mom, sqr_mom = _pick_betas(mom, sqr_mom, (0.9, 0.99), betas)
         wd = _pick("wd", wd, 0.0, "weight_decay", weight_decay)
         cbs = _adam_chain(decouple_wd, lamb_step)
         super().__init__(
-            params, cbs, engine=engine, master_weights=master_weights, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd
+            params,
+            cbs,
+            engine=engine,
+            master_weights=master_weights,
+            capturable=capturable,
+            lr=lr,
+            mom=mom,
+            sqr_mom=sqr_mom,
+            eps=eps,
+            wd=wd,
         )

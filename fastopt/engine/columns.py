@@ -7,6 +7,7 @@ with remainder go through Python element by element.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -93,6 +94,15 @@ def _divide(x: Any, y: Any) -> Any:
     return x / y
 
 
+def log(x: float) -> float:
+    """The natural logarithm of a number that is not negative; -inf for 0, as torch has it."""
+    return math.log(x) if x else -math.inf
+
+
+def _each_log(x: Any) -> Any:
+    return np.array(list(map(log, x.tolist()))) if isinstance(x, np.ndarray) else log(x)
+
+
 def _all(found: Any) -> bool:
     """Whether a comparison holds in all rows."""
     return bool(found.all() if isinstance(found, np.ndarray) else found)
@@ -109,6 +119,7 @@ SCOPE: dict[str, Any] = {
     "each_pow": _each(operator.pow),
     "each_floordiv": _each(operator.floordiv),
     "each_mod": _each(operator.mod),
+    "each_log": _each_log,
     "all_": _all,
     "any_": _any,
 }

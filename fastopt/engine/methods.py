@@ -89,6 +89,13 @@ def _rdiv(r: Recorder, x: RecordedTensor, other: Any) -> RecordedTensor:
     return r.call("mul", (r.call("reciprocal", (x,)), other))
 
 
+def _rpow(r: Recorder, x: RecordedTensor, base: Any) -> RecordedTensor:
+    """`base ** x` for a number, such as `mom**step` with a step count on the device."""
+    if isinstance(base, Tensor) or base < 0:
+        r.refuse(f"{'a tensor' if isinstance(base, Tensor) else 'a negative number'} to the power of a tensor")
+    return r.call("exp", (r.call("mul", (x, r.tape.apply("log", base))),))
+
+
 def _where(r: Recorder, condition: Any, *values: Any, **named: Any) -> RecordedTensor:
     """`torch.where(c, x, y)` and `x.where(c, y)`, whose condition is found by its dtype."""
     x, y = (*values, *(named[k] for k in ("input", "other") if k in named))
@@ -196,6 +203,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "zero_": _zero_,
     "__rdiv__": _rdiv,
     "__rtruediv__": _rdiv,
+    "__rpow__": _rpow,
     "where": _where,
     "clamp_min": _clamp_min,
     "clamp_max": _clamp_max,

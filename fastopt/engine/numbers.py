@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
-from .columns import SCOPE, ColumnEvaluate
+from .columns import SCOPE, ColumnEvaluate, log
 
 #: How the generated function computes each operation.
 _FORMS = {
@@ -33,6 +33,7 @@ _FORMS = {
     "==": "{0} == {1}",
     "!=": "{0} != {1}",
     "bool": "bool({0})",
+    "log": "log({0})",
 }
 #: The same over columns of numbers, where it differs.
 _COLUMN_FORMS = {
@@ -41,6 +42,7 @@ _COLUMN_FORMS = {
     "%": "each_mod({0}, {1})",
     "**": "each_pow({0}, {1})",
     "bool": "({0} != 0)",
+    "log": "each_log({0})",
 }
 #: What an operation gives now.
 _COMPUTE: dict[str, Callable[..., Any]] = {
@@ -60,6 +62,7 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "bool": bool,
+    "log": log,
 }
 
 #: Evaluates a tape: (hypers, state) -> (values, new python states), or None where a guard does not hold.
@@ -126,7 +129,7 @@ class Tape:
 
     def evaluator(self, values: Sequence[Any], states: Mapping[str, Any]) -> Evaluate:
         """A function that computes `values` and `states`, which are numbers of this tape or plain ones."""
-        return cast(Evaluate, self._function(self._lines, values, states, {}))
+        return cast(Evaluate, self._function(self._lines, values, states, {"log": log}))
 
     def column_evaluator(self, values: Sequence[Any], states: Mapping[str, Any]) -> ColumnEvaluate:
         """The same for columns of numbers."""

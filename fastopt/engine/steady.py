@@ -299,7 +299,7 @@ class Whole:
         self._changes = watch.changes
         self._lists = [group["params"] for group in groups]
         self._members = [p for members in self._lists for p in members]
-        self._frozen = [group.get("frozen") for group in groups]
+        self._switches = _switches(groups)
 
     def holds(self, groups: Sequence[Any], state: ParamState) -> bool:
         """Whether the same parameters are there to step, with perhaps other hypers."""
@@ -325,9 +325,12 @@ class Whole:
 
     def _same_but_for_hypers(self) -> bool:
         groups = self._groups
-        return all(map(is_, map(itemgetter("params"), groups), self._lists)) and self._frozen == [
-            group.get("frozen") for group in groups
-        ]
+        return all(map(is_, map(itemgetter("params"), groups), self._lists)) and self._switches == _switches(groups)
+
+
+def _switches(groups: Sequence[Any]) -> list[Any]:
+    """What of each group decides how it steps, beside its hypers."""
+    return [(group.get("frozen"), group.get("capturable")) for group in groups]
 
 
 def _kind(hypers: Mapping[str, Any]) -> _GroupKind:

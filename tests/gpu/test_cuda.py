@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastopt
 
-from ..distributed.problems import EVERY, Model, set_average
+from ..distributed.problems import EVERY, Model, gradient, set_average
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+#: Optimizers by what a captured step of theirs needs: counts, both ways of a decision, norms.
+CAPTURABLE: dict[str, Any] = {
+    "adam": fastopt.Adam,
+    "radam": fastopt.RAdam,
+    "qhadam": fastopt.QHAdam,
+    "lamb": fastopt.Lamb,
+    "larc": fastopt.Larc,
+    "ranger": fastopt.ranger,
+    "lookahead": lambda params, **kwargs: fastopt.Lookahead(fastopt.SGD(params, mom=0.9, **kwargs), k=3),
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -53,3 +66,104 @@ def test_learning_rate_on_the_gpu() -> None:
             w.grad = torch.full_like(w, step - 1.5)
             opt.step()
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
+def plain_adam(params: list[nn.Parameter], rate: Tensor) -> torch.optim.Optimizer:
+    """fastopt's defaults in torch's AdamW, whose steps can be captured too."""
+    hypers: dict[str, Any] = {"betas": (0.9, 0.99), "eps": 1e-5, "weight_decay": 0.01}
+    return torch.optim.AdamW(params, lr=rate, capturable=True, **hypers)
+
+
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_a_captured_step_goes_on_by_itself(name: str) -> None:
+    """Replays without `prepare_replay`, with a moving rate on the GPU: as in float64 on the CPU, step by step."""
+    build = CAPTURABLE[name]
+    params = [nn.Parameter(torch.linspace(-1, 1, n, device="cuda").reshape(-1, 1)) for n in (3, 2000)]
+    exact = [nn.Parameter(p.detach().double().cpu()) for p in params]
+    rate = torch.tensor(0.1, device="cuda")
+    opt, reference = build(params, lr=rate, capturable=True), build(exact, lr=0.1, engine="eager")
+    for p in params:
+        p.grad = torch.zeros_like(p)
+
+    def feed(step: int) -> None:
+        rate.fill_(0.1 / (step + 1))
+        reference.set_hyper("lr", float(rate))
+        for i, (p, q) in enumerate(zip(params, exact, strict=True)):
+            q.grad = gradient(step, i, 0, q.detach())
+            assert p.grad is not None
+            p.grad.copy_(q.grad)
+
+    for step in range(3):
+        feed(step)
+        opt.step()
+        reference.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    assert {choice.executor for choice in opt.engine} == {"triton"}
+    for step in range(3, 15):
+        feed(step)
+        graph.replay()
+        reference.step()
+        for p, q in zip(params, exact, strict=True):
+            torch.testing.assert_close(p.cpu().double(), q, rtol=1e-5, atol=1e-6, msg=lambda t, s=step: f"{s}: {t}")
+            for key, value in reference.state[q].items():
+                if key in ("step", "count"):
+                    assert opt.state[p][key].item() == value == step + 1
+
+
+def test_a_captured_step_beside_that_of_torch() -> None:
+    """The same loop with torch's AdamW, word for word."""
+    results = []
+    for build in (plain_adam, lambda params, rate: fastopt.Adam(params, lr=rate, capturable=True)):
+        rate = torch.tensor(0.1, device="cuda")
+        params = [nn.Parameter(torch.linspace(-1, 1, 40, device="cuda"))]
+        opt = build(params, rate)
+        schedule = torch.optim.lr_scheduler.ExponentialLR(opt, 0.9)
+        params[0].grad = torch.zeros_like(params[0])
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for step in range(3):
+                params[0].grad.copy_(gradient(step, 0, 0, params[0].detach()))
+                opt.step()
+                schedule.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            opt.step()
+        for step in range(3, 9):
+            params[0].grad.copy_(gradient(step, 0, 0, params[0].detach()))
+            graph.replay()
+            schedule.step()
+        assert opt.param_groups[0]["lr"] is rate
+        results.append((params[0].detach().cpu(), rate.item(), opt.state[params[0]]["step"].item()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert results[0][1:] == results[1][1:]
+
+
+def test_a_chain_that_runs_as_it_is_can_be_captured() -> None:
+    """A callback that no recording can express, in a capturable group: its own operations are what is replayed."""
+
+    def sorting_step(p: Tensor, lr: Tensor, step: Tensor, **kwargs: Any) -> None:
+        assert p.grad is not None
+        p.data.addcmul_(p.grad.sort().values, -lr / step)
+
+    rate = torch.tensor(0.1, device="cuda")
+    w, exact = nn.Parameter(torch.ones(5, device="cuda")), torch.ones(5, dtype=torch.float64)
+    w.grad = torch.zeros(5, device="cuda")
+    opt = fastopt.Optimizer([w], [fastopt.step_stat, sorting_step], lr=rate, capturable=True)
+    graph = torch.cuda.CUDAGraph()
+    for step in range(8):
+        rate.fill_(0.1 / (step + 1))
+        w.grad.copy_(gradient(step, 0, 0, w.detach()))
+        exact -= rate.item() / (step + 1) * w.grad.cpu().double().sort().values
+        if step < 3:
+            opt.step()
+            continue
+        if step == 3:
+            with torch.cuda.graph(graph):
+                opt.step()
+        graph.replay()
+        torch.testing.assert_close(w.detach().cpu().double(), exact, rtol=1e-5, atol=1e-6)
+    assert {choice.executor for choice in opt.engine} == {"eager"}
