@@ -19,8 +19,8 @@ from .state import ParamState
 #: The entry of a group, by torch's name.
 CAPTURABLE = "capturable"
 
-#: A state whose numbers are on the device, and its counter of changes then.
-Counted = tuple[ParamState, int]
+#: A state whose numbers are on the device, its counter of changes then, and the groups that were capturable.
+Counted = tuple[ParamState, int, list[int]]
 
 
 def check_capturable(group: Mapping[str, Any]) -> None:
@@ -42,11 +42,15 @@ def counts_to_device(work: Iterable[GroupWork], state: Any, counted: Counted | N
         counted: what the last call returned: nothing is looked through again that has not changed since.
     """
     capturable = [w for w in work if w.group.get(CAPTURABLE)]
-    if not capturable or (counted and counted[0] is state and counted[1] == state.changes):
+    if not capturable or (counted and counted[0] is state and counted[1:] == (state.changes, _indices(capturable))):
         return counted
     for w in capturable:
         for p, entry in zip(w.params, w.states, strict=True):
             numbers = {key: value for key, value in entry.items() if type(value) in (int, float)}
             for key, value in numbers.items():
                 entry[key] = on_device(value, p)
-    return (state, state.changes) if isinstance(state, ParamState) else None
+    return (state, state.changes, _indices(capturable)) if isinstance(state, ParamState) else None
+
+
+def _indices(work: Iterable[GroupWork]) -> list[int]:
+    return [w.index for w in work]
