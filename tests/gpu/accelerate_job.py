@@ -76,7 +76,7 @@ def main(folder: Path) -> None:
         "whole": whole(one[1]),
         "resumed": whole(two[1]),
         "sharded": all(hasattr(p, "placements") for p in one[2].param_groups[0]["params"]),
-        "executors": {choice.executor for choice in one[2].optimizer.engine},
+        "executors": sorted({choice.executor for choice in one[2].optimizer.engine}),
     }
     if one[0].is_main_process:
         torch.save(found, folder / "found.pt")

@@ -102,12 +102,18 @@ def test_training_in_mixed_precision(ranks: Any) -> None:
     assert max(ranks(2).run(mixed, timeout=120)) < 0.9
 
 
-def captured(rank: int, world_size: int, build: Any) -> None:
-    """A captured step on parts follows the hypers and the step count, as one process does."""
+def captured(rank: int, world_size: int, build: Any, by_itself: bool) -> None:
+    """A captured step on parts follows the hypers and the step count, as one process does.
+
+    `by_itself`: without being told, in capturable groups whose rates are on the GPU.
+    """
     mesh = nccl_mesh(rank)
     model, reference = Model(SHAPES).cuda(), Model(SHAPES).cuda()
     fully_shard(model, mesh=mesh)
     opt, plain = build(model.param_groups()), build(reference.param_groups())
+    if by_itself:
+        for group in opt.param_groups:
+            group |= {"capturable": True, "lr": torch.tensor(group["lr"], device="cuda")}
     for each in (opt, plain):
         set_grads(each, 0)
     with pytest.raises(RuntimeError, match="capture"):
@@ -129,9 +135,13 @@ def captured(rank: int, world_size: int, build: Any) -> None:
         opt.step()
     for step in range(3, 7):
         gradients_of(step)
-        for each in (opt, plain):
-            each.set_hyper("lr", 0.1 / step)
-        opt.prepare_replay()
+        plain.set_hyper("lr", 0.1 / step)
+        if by_itself:
+            for group in opt.param_groups:
+                group["lr"].fill_(0.1 / step)
+        else:
+            opt.set_hyper("lr", 0.1 / step)
+            opt.prepare_replay()
         graph.replay()
         plain.step()
         for p, q in zip(members(opt), members(plain), strict=True):
@@ -139,6 +149,7 @@ def captured(rank: int, world_size: int, build: Any) -> None:
             assert opt.state[p]["step"] == plain.state[q]["step"] == step + 1
 
 
+@pytest.mark.parametrize("by_itself", [False, True])
 @pytest.mark.parametrize("build", [fastopt.Adam, fastopt.Lamb])
-def test_a_captured_step_on_parts(ranks: Any, build: Any) -> None:
-    ranks(2).run(captured, build, timeout=120)
+def test_a_captured_step_on_parts(ranks: Any, build: Any, by_itself: bool) -> None:
+    ranks(2).run(captured, build, by_itself, timeout=120)
