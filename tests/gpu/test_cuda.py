@@ -167,3 +167,42 @@ def test_a_chain_that_runs_as_it_is_can_be_captured() -> None:
         graph.replay()
         torch.testing.assert_close(w.detach().cpu().double(), exact, rtol=1e-5, atol=1e-6)
     assert {choice.executor for choice in opt.engine} == {"eager"}
+
+
+def test_a_whole_iteration_in_a_graph() -> None:
+    """Forward, backward and step, whose gradients lie in the memory of the graph; beside the same without one."""
+    captured, plain = nn.Linear(8, 3), nn.Linear(8, 3)
+    plain.load_state_dict(captured.state_dict())
+    captured, plain = captured.cuda(), plain.double()
+    rate = torch.tensor(0.01, device="cuda")
+    opt, reference = fastopt.Adam(captured.parameters(), lr=rate, capturable=True), fastopt.Adam(plain.parameters())
+    x = torch.zeros(16, 8, device="cuda")
+
+    def feed(step: int) -> None:
+        x.copy_(torch.randn(16, 8, generator=torch.Generator().manual_seed(step)))
+        rate.fill_(0.01 / (step + 1))
+        reference.zero_grad()
+        plain(x.cpu().double()).square().mean().backward()
+        reference.set_hyper("lr", rate.item())
+        reference.step()
+
+    def iteration() -> None:
+        opt.zero_grad()
+        captured(x).square().mean().backward()
+        opt.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(3):
+            feed(step)
+            iteration()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        iteration()
+    for step in range(3, 12):
+        feed(step)
+        graph.replay()
+        for p, q in zip(captured.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.cpu().double(), q, rtol=1e-4, atol=1e-5, msg=lambda t, s=step: f"{s}: {t}")
