@@ -39,6 +39,11 @@ class Buffers:
     Making it moves `params` (in the layout's order; of DTensors this rank's part) into the buffers: each keeps its
     identity and its value, and becomes a contiguous view. A collective on the buffer then reads and writes the
     parameters in place.
+
+    Attributes:
+        params: all parameters, in the layout's order.
+        buckets: all buckets with their memory.
+        bucket_of: for each parameter the number of its bucket.
     """
 
     def __init__(self, layout: Layout, rank: int, params: Sequence[Tensor], transport: Transport | None = None) -> None:
@@ -48,7 +53,8 @@ class Buffers:
         self.params: list[Tensor] = []
         self.buckets: list[FlatBucket] = []
         self._slices: dict[int, Tensor] = {}
-        self._homes: dict[int, int] = {}
+        self._homes: list[int] = []
+        self.bucket_of: list[int] = []
         self._reducing: dict[frozenset[int], tuple[Wire, ...]] = {}
         self._gathering: dict[frozenset[int], tuple[Wire, ...]] = {}
         self.extend(layout, params)
@@ -61,6 +67,8 @@ class Buffers:
         self.params += params
         for bucket in layout.buckets[len(self.buckets) :]:
             self.buckets.append(self._make(bucket))
+        self._homes += [part_of(p).data_ptr() for p in params]
+        self.bucket_of += [layout.place(i)[0].index for i in range(len(self.bucket_of), len(self.params))]
 
     def _make(self, bucket: Bucket) -> FlatBucket:
         """The buffer of `bucket`, with its parameters moved in."""
@@ -71,7 +79,6 @@ class Buffers:
             part = part_of(p)
             home.copy_(part.detach().reshape(-1))
             part.data = home.view(part.shape)
-            self._homes[entry.param] = part.data_ptr()
             start, stop = bucket.interval(entry, self.rank)
             self._slices[entry.param] = home[start:stop]
         names = [self.layout.params[bucket.entries[i].param].name for i in (0, -1)]
@@ -119,11 +126,12 @@ class Buffers:
 
     def displaced(self) -> list[str]:
         """Names of parameters whose memory is no longer in the buffer, because somebody has assigned `p.data`."""
-        return [
-            self.layout.params[i].name
-            for i, home in self._homes.items()
-            if (part := part_of(self.params[i])).data_ptr() != home and part.numel()
-        ]
+        parts = list(map(part_of, self.params))
+        found = [part.data_ptr() for part in parts]
+        if found == self._homes:
+            return []
+        moved = zip(self.layout.params, parts, found, self._homes, strict=True)
+        return [spec.name for spec, part, now, home in moved if now != home and part.numel()]
 
 
 def shared_memory(named: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:

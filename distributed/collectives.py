@@ -55,6 +55,10 @@ class Pending:
     def wait(self) -> None:
         """Wait for all of it."""
         self.arrive()
+        self.finish()
+
+    def finish(self) -> None:
+        """Bring to its place what has been waited for."""
         self._work = None
         then, self._then = self._then, None
         if then is not None:
@@ -92,6 +96,10 @@ class Reduction:
     def wait(self) -> None:
         """Wait for the sum."""
         self._pending.wait()
+
+    def finish(self) -> None:
+        """Add up what has been waited for."""
+        self._pending.finish()
 
     def read(self, start: int, stop: int) -> Reading:
         """Numbers `start` to `stop` of the sum for the host, without making the device's stream wait for them."""

@@ -29,8 +29,8 @@ class Gradients(Protocol):
     def settle(self, place: Place) -> list[int]:
         """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
 
-    def slice(self, param: int) -> Tensor | None:
-        """This rank's elements of the averaged gradient, 1-d; None where it has none."""
+    def slices(self, params: Sequence[int]) -> list[Tensor | None]:
+        """This rank's elements of averaged gradients, each 1-d; None where there is none."""
 
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """Tensors that hold this rank's gradients of `params`, and beside them nothing but zeros."""
@@ -69,14 +69,14 @@ class LocalGradients:
         *_, anywhere = self._agreement.ask(place, False, sparse(self._buffers), has)
         return [i for i, there in enumerate(anywhere) if there]
 
-    def slice(self, param: int) -> Tensor | None:
+    def slices(self, params: Iterable[int]) -> list[Tensor | None]:
         """This rank's elements of `p.grad`."""
-        grad = part_of_grad(self._buffers.params[param])
-        return None if grad is None else self._buffers.cut(param, grad)
+        grads = [(i, part_of_grad(self._buffers.params[i])) for i in params]
+        return [None if grad is None else self._buffers.cut(i, grad) for i, grad in grads]
 
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """The slices."""
-        return [part for part in map(self.slice, params) if part is not None]
+        return [part for part in self.slices(params) if part is not None]
 
     def under_way(self, buckets: Set[int]) -> bool:
         """Never."""

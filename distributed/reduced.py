@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..parts import part_of_grad
+from ..parts import is_spread, part_of_grad
 from .agreement import Agreement
 from .buckets import Buffers
 from .collectives import Ranks
@@ -101,10 +101,12 @@ class ReducedGradients(Reductions):
         """Autograd has put a gradient into the parameter's `.grad`."""
         if not self.syncing:
             return
-        now = self._enter(param)
-        if now is None or param not in now.bucket_of:
+        now = self._round
+        if now is None or torch._C._current_graph_task_id() not in now.tasks:
+            now = self._enter(param)
+        waits_for = None if now is None else now.waits_for.get(param)
+        if now is None or waits_for is None:
             return
-        waits_for = now.waits_for[now.bucket_of[param]]
         if param not in waits_for:
             # A second one from the same pass, when the first may be under way: it goes with the next round.
             self._left_over = True
@@ -112,7 +114,7 @@ class ReducedGradients(Reductions):
                 self._problem = self._problem or ALREADY
             return
         waits_for.discard(param)
-        if now.to_launch and not now.to_launch[0][1]:
+        if not waits_for:
             with torch.no_grad():
                 while now.to_launch and not now.to_launch[0][1]:
                     self._launch_next(now)
@@ -241,12 +243,12 @@ class ReducedGradients(Reductions):
         """Start to reduce the next bucket in order, with what is in `p.grad`."""
         first = now.first
         wire, _ = now.to_launch.popleft()
-        sources = {param: grad for param in wire.params if (grad := self._taken(param)) is not None}
+        sources = self._taken(wire)
         self._seen.update(sources)
         reduction = self._send(wire, sources, now.leading if first else [])
         if first and not self._ranks.alone:
             now.reading = self._read(wire, reduction)
-        enough = now.launched > LAG and len(self._parts) >= len(now.waits_for) // STEPS
+        enough = now.launched > LAG and len(self._parts) >= now.total // STEPS
         if self.in_backward is not None and enough and self._may_step(now):
             self.in_backward.gather(self._step_landed(self.in_backward))
 
@@ -280,21 +282,27 @@ class ReducedGradients(Reductions):
         self._parts.clear()
         return wires
 
-    def _taken(self, param: int) -> Tensor | None:
-        """The gradient of an active parameter, flat, no longer in `p.grad`."""
-        p = self._buffers.params[param]
-        if param not in self._agreement.active or p.grad is None:
-            return None
-        grad: Tensor | None = None
-        if p.grad.layout != torch.strided:
-            self._problem = sparse(self._buffers)
-        else:
-            try:
-                grad = part_of_grad(p)
-            except ValueError as error:
-                self._problem = f"{self._buffers.layout.params[param].name!r}: {error}"
-        p.grad = None
-        return None if grad is None else grad.reshape(-1)
+    def _taken(self, wire: Wire) -> dict[int, Tensor]:
+        """The gradients of active parameters, flat, no longer in `p.grad`."""
+        params, active = self._buffers.params, self._agreement.active
+        found: dict[int, Tensor] = {}
+        for i in wire.params:
+            p = params[i]
+            grad = p.grad
+            if grad is None or i not in active:
+                continue
+            if grad.layout != torch.strided:
+                self._problem = sparse(self._buffers)
+                grad = None
+            elif is_spread(p):
+                try:
+                    grad = part_of_grad(p)
+                except ValueError as error:
+                    self._problem, grad = f"{self._buffers.layout.params[i].name!r}: {error}", None
+            p.grad = None
+            if grad is not None:
+                found[i] = grad.reshape(-1)
+        return found
 
     def _verdict(self) -> Verdict | None:
         """What the headers of the last round say; None where it had none."""

@@ -9,7 +9,7 @@ and scaled in the lane (lane.py), the latter two only when they are needed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ class Reductions:
             pack(wire, full, sources, self._header(wire, flags, leading, full))
             with self._lane.inside():
                 for before, earlier in arrived:
+                    earlier.finish()  # the lane has just waited for the model's stream, which has waited for it
                     self._keep(before, earlier)
                 reduction = self._ranks.reduce(wire, full, self._dtype, f"reduce {flat.label}")
         self._in_flight.append((wire, full, reduction))
@@ -91,11 +92,11 @@ class Reductions:
         with self._lane.inside():
             with self._lane.outside():
                 reduction.arrive()
+            reduction.wait()
             self._keep(wire, reduction)
 
     def _keep(self, wire: Wire, reduction: Reduction) -> None:
-        """Wait in the lane for a sum, and add it to this rank's gradient. It must have been waited for outside."""
-        reduction.wait()
+        """Add a sum that has been waited for to this rank's gradient."""
         part = Part(wire, self._ranks.rank, reduction.mine, self._ranks.total)
         earlier = self._parts.get(wire.bucket.index)
         if earlier is not None:
@@ -131,10 +132,13 @@ class Reductions:
             for index in buckets & self._parts.keys():
                 self._parts[index].ready()
 
-    def slice(self, param: int) -> Tensor | None:
-        """This rank's elements of the averaged gradient."""
-        part = self._parts.get(self._buffers.layout.place(param)[0].index)
-        return None if part is None or param not in part.places else part.slice(param)
+    def slices(self, params: Sequence[int]) -> list[Tensor | None]:
+        """This rank's elements of averaged gradients."""
+        bucket_of = self._buffers.bucket_of
+        views: dict[int, Tensor] = {}
+        for index in {bucket_of[i] for i in params} & self._parts.keys():
+            views.update(self._parts[index].views)
+        return [views.get(i) for i in params]
 
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """The parts of all buckets; what is not active is zero in them."""

@@ -15,14 +15,20 @@ from .wire import Wire
 
 
 class Round:
-    """The reduction of one backward pass: which buckets take part, which gradients have come, what is under way."""
+    """The reduction of one backward pass: which buckets take part, which gradients have come, what is under way.
+
+    Attributes:
+        to_launch: the wires that have not been launched, in order, each with the parameters that it waits for.
+        waits_for: the same set of parameters, for each parameter of the wire.
+        total: how many buckets there are.
+    """
 
     def __init__(self, place: Place, wires: Sequence[Wire], expected: Sequence[set[int]], leading: list[int]) -> None:
         self.place = place
         self.to_launch = deque(zip(wires, expected, strict=True))
         self.leading = leading
-        self.bucket_of = {param: wire.bucket.index for wire in wires for param in wire.params}
-        self.waits_for = {wire.bucket.index: params for wire, params in self.to_launch}
+        self.waits_for = {param: params for wire, params in self.to_launch for param in wire.params}
+        self.total = len(wires)
         self.tasks: set[int] = set()
         self.reading: Reading | None = None
         self.may_step: bool | None = None
@@ -30,7 +36,7 @@ class Round:
     @property
     def launched(self) -> int:
         """How many buckets have been launched."""
-        return len(self.waits_for) - len(self.to_launch)
+        return self.total - len(self.to_launch)
 
     @property
     def first(self) -> bool:
@@ -51,7 +57,6 @@ class Part:
     def __init__(self, wire: Wire, rank: int, sums: Tensor, total: int) -> None:
         self.wire = wire
         self.sums = sums
-        self.places = wire.held(rank)
         self.payload = wire.payloads[rank]
         self._total = total
         self._factors: list[Tensor] = []
@@ -73,16 +78,16 @@ class Part:
         self._factors.clear()
         return found
 
-    def slice(self, param: int) -> Tensor:
-        """The elements of `param`."""
+    @property
+    def views(self) -> dict[int, Tensor]:
+        """The elements of each parameter of the wire."""
         if self._views is None:
-            sizes = [run.count for run in self._runs]
-            views = self.sums[: self.payload].split_with_sizes(sizes)
-            self._views = {
-                run.param: view for run, view in zip(self._runs, views, strict=True) if run.param is not None
-            }
-        found = self._views.get(param)
-        return self.sums[:0] if found is None else found
+            views = self.sums[: self.payload].split_with_sizes([run.count for run in self._runs])
+            self._views = dict.fromkeys(self.wire.params, self.sums[:0])
+            for run, view in zip(self._runs, views, strict=True):
+                if run.param is not None:
+                    self._views[run.param] = view
+        return self._views
 
     def flags(self) -> Tensor:
         """For each parameter of the wire how many gradients have come, of all ranks and rounds."""
@@ -101,7 +106,7 @@ class Part:
         at = {param: k for k, param in enumerate(earlier.wire.params)}
         for k, param in enumerate(self.wire.params):
             if param in at:
-                self.slice(param).add_(earlier.slice(param))
+                self.views[param].add_(earlier.views[param])
                 self.flags()[k].add_(before[at[param]])
 
 

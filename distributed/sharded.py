@@ -188,8 +188,8 @@ class ShardedOptimizer(HoldsParts):
 
     def _run_slices(self, stepping: Sequence[int], part_of_step: int) -> None:
         """Run the chain on this rank's slices, empty ones too: states and their keys are then alike on all ranks."""
-        for i in stepping:
-            part, grad = self._buffers.slice(i), self._gradients.slice(i)
+        parts = [self._buffers.slice(i) for i in stepping]
+        for part, grad in zip(parts, self._gradients.slices(stepping), strict=True):
             self._give(part, torch.zeros_like(part) if grad is None else grad)
         recorded = self._only_recorded
         try:
@@ -201,8 +201,8 @@ class ShardedOptimizer(HoldsParts):
                 reduce = self._reduce(sharers)
                 self.opt.run_tensors(work, reduce, recorded=recorded, engine=engine, part=part_of_step)
         finally:
-            for i in stepping:
-                self._buffers.slice(i).grad = None
+            for part in parts:
+                part.grad = None
 
     def _engine_for(self, sharers: Sharers) -> Engine:
         """The optimizer's own engine for the first parameters, one more for each further set of sharers."""
@@ -216,8 +216,7 @@ class ShardedOptimizer(HoldsParts):
         work, before = [], []
         for group, members in self._by_group([i for i in stepping if self.layout.owner(i) == self.rank]):
             params = [self._buffers.params[i] for i in members]
-            for i, p in zip(members, params, strict=True):
-                grad = self._gradients.slice(i)
+            for p, grad in zip(params, self._gradients.slices(members), strict=True):
                 before.append((p, p.grad))
                 self._give(p, torch.zeros_like(p) if grad is None else show(p, grad.view(part_of(p).shape)))
             work.append(self._work(group, members, params))
@@ -352,7 +351,7 @@ class ShardedOptimizer(HoldsParts):
         if not self._spread.groups:
             return {(): held}
         split = self._spread.split(present)
-        slices = {sharers: [self._gradients.slice(i) for i in some] for sharers, some in split.items()}
+        slices = {sharers: self._gradients.slices(some) for sharers, some in split.items()}
         return {sharers: [part for part in some if part is not None] for sharers, some in slices.items()}
 
     @torch.no_grad()

@@ -6,28 +6,42 @@ it moves, so they can be memory that the other ranks reach.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions
-
-# PyTorch 2.13 has renamed both; 2.11 has the old names only.
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+from torch._C._distributed_c10d import AllgatherOptions, ReduceScatterOptions
 
 
-def _all_gather_several(group: dist.ProcessGroup | None, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
+def _reduce_scatter(group: Any, mine: Tensor, full: Tensor) -> Work:
+    """The group's own method: there are many buckets, and `dist.reduce_scatter_tensor` takes as long again."""
+    options = ReduceScatterOptions()
+    options.asyncOp = True
+    # PyTorch 2.13 has renamed this and what follows; 2.11 has the old names only.
+    call = getattr(group, "reduce_scatter_single", None) or group._reduce_scatter_base
+    work: Work = call(mine, full, options)
+    return work
+
+
+def _all_gather(group: Any, full: Tensor, mine: Tensor) -> Work:
+    call = getattr(group, "all_gather_single", None) or group._allgather_base
+    work: Work = call(full, mine, _gathering())
+    return work
+
+
+def _all_gather_several(group: Any, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
     """As `_all_gather` for each of several buffers, in one collective."""
-    group = group or dist.group.WORLD
-    assert group is not None
+    call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
+    work: Work = call(list(fulls), list(mines), _gathering())
+    return work
+
+
+def _gathering() -> AllgatherOptions:
     options = AllgatherOptions()
     options.asyncOp = True
-    call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
-    work: Work = call(list(fulls), list(mines), options)
-    return work
+    return options
 
 
 class Work(Protocol):
@@ -60,7 +74,7 @@ class GroupTransport:
     """The collectives of a process group, over its backend (NCCL or Gloo)."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+        self._group = group or (dist.group.WORLD if dist.is_available() and dist.is_initialized() else None)
 
     def empty(self, numel: int, like: Tensor) -> Tensor:
         """Ordinary memory."""
@@ -72,14 +86,12 @@ class GroupTransport:
 
     def reduce_scatter(self, mine: Tensor, full: Tensor) -> Work:
         """One collective."""
-        work: Work = _reduce_scatter(mine, full, group=self._group, async_op=True)
-        return work
+        return _reduce_scatter(self._group, mine, full)
 
     def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
         """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it, Gloo one message."""
         if len(fulls) == 1:
-            work: Work = _all_gather(fulls[0], mines[0], group=self._group, async_op=True)
-            return work
+            return _all_gather(self._group, fulls[0], mines[0])
         return _all_gather_several(self._group, fulls, mines)
 
     def all_to_all(self, received: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Work:

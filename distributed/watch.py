@@ -12,8 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 from torch._C._distributed_c10d import Store
@@ -35,6 +34,22 @@ class RanksMissing(RuntimeError):
     """A collective has failed or timed out; the message names it and the ranks that have not begun it."""
 
 
+class Waiting:
+    """Around a wait, of which there are many: no generator, which takes several times as long."""
+
+    def __init__(self, watch: Watch, label: str) -> None:
+        self._watch, self._label = watch, label
+
+    def __enter__(self) -> None:
+        self._watch.now = (time.monotonic(), self._label)
+        self._watch.warned = False
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._watch.now = None
+        if isinstance(error, RuntimeError):
+            raise RanksMissing(f"{self._watch.describe(self._label)}\n{error}") from error
+
+
 class Watch:
     """Counts the collectives of one rank.
 
@@ -42,14 +57,18 @@ class Watch:
         rank: its number among `world_size`.
         world_size: how many ranks take part.
         store: where counts are shared; None shares nothing.
+
+    Attributes:
+        now: since when this rank waits, and for which collective.
+        warned: whether a warning has told of it.
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None) -> None:
         self._rank, self._world_size, self._store = rank, world_size, store
         self._count, self._last = 0, "nothing"
         self._told = -1
-        self._waiting: tuple[float, str] | None = None
-        self._warned = False
+        self.now: tuple[float, str] | None = None
+        self.warned = False
         if store is not None:
             _watch(self)
 
@@ -58,16 +77,9 @@ class Watch:
         self._count += 1
         self._last = label
 
-    @contextmanager
-    def waiting(self, label: str) -> Iterator[None]:
+    def waiting(self, label: str) -> Waiting:
         """Around a wait for the collective `label` that may take for ever."""
-        self._waiting, self._warned = (time.monotonic(), label), False
-        try:
-            yield
-        except RuntimeError as error:
-            raise RanksMissing(f"{self.describe(label)}\n{error}") from error
-        finally:
-            self._waiting = None
+        return Waiting(self, label)
 
     def describe(self, label: str) -> str:
         """Where this rank waits and which ranks are behind it."""
@@ -96,9 +108,9 @@ class Watch:
             with contextlib.suppress(RuntimeError):  # the store may be gone before its users
                 self._store.set(str(self._rank), f"{count}:{self._last}")
                 self._told = count
-        waiting = self._waiting
-        if waiting is not None and not self._warned and time.monotonic() - waiting[0] > PATIENCE:
-            self._warned = True
+        waiting = self.now
+        if waiting is not None and not self.warned and time.monotonic() - waiting[0] > PATIENCE:
+            self.warned = True
             _log.warning("%s, since %.0f seconds", self.describe(waiting[1]), time.monotonic() - waiting[0])
 
 

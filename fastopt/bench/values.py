@@ -11,8 +11,15 @@ from typing import Any
 def write_beside(result: Any, page: str, path: Path) -> None:
     """Write the dataclass `result` as JSON to `path`, with its `page` of Markdown beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(result), indent=1) + "\n")
-    path.with_suffix(".md").write_text(page)
+    _write(path, json.dumps(asdict(result), indent=1) + "\n")
+    _write(path.with_suffix(".md"), page)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write all of a file or nothing: a run may be ended at any time."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text)
+    new.replace(path)
 
 
 def in_a_line(error: BaseException) -> str:

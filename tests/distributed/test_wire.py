@@ -23,7 +23,7 @@ WATCHED = {
         *("all_to_all_single", "gather_object", "broadcast_object_list", "send", "recv", "barrier", "reduce_scatter"),
     ),
 }
-LARGER = {"_reduce_scatter": 1, "_all_gather": 0, "_all_gather_several": 1}
+LARGER = {"_reduce_scatter": 2, "_all_gather": 1, "_all_gather_several": 1}
 """Which argument is the whole buffer (or several), of which (N-1)/N go out from every rank."""
 
 
@@ -276,7 +276,7 @@ def gradients_held(rank: int, world_size: int) -> tuple[int, int]:
     backward(model)
     assert all(p.grad is None for p in model.parameters())
     opt.clip_grad_norm_(1e9)
-    parts = [opt._gradients.slice(i) for i in range(5)]
+    parts = opt._gradients.slices(range(5))
     storages = {
         part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts if part is not None
     }

@@ -17,20 +17,26 @@ import argparse
 import math
 import os
 import platform
-import subprocess
+import signal
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ...launch import environment, ranks
 from . import chart, results, rivals
 from .model import SIZES, batch, count_parameters
+from .processes import run_ranks
 from .results import Result
 from .run import Plan, run
+
+OVERTIME = 30.0
+"""Seconds after `--limit` in which ranks come to an end by themselves."""
 
 
 def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -43,13 +49,18 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--rounds", type=int, default=6, help="turns of each")
     parser.add_argument("--iterations", type=int, default=5, help="timed iterations of a turn")
     parser.add_argument("--profile", action="store_true", help="also where the time goes on the device")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nobody new takes part")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing new is begun")
+    parser.add_argument(
+        "--patience", type=float, default=300, metavar="SECONDS", help="that each of other packages may take"
+    )
+    parser.add_argument("--add", action="store_true", help="keep the rows that are in --out, add those it lacks")
     parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
+    parser.add_argument("--stretch", action="store_true", help=argparse.SUPPRESS)  # one of those of `_start_ranks`
     parser.add_argument("--chart", type=Path, metavar="JSON", help="draw this result, measure nothing")
     parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
     args = parser.parse_args(given)
-    if args.chart and not args.out:
-        parser.error("--chart needs -o FILE.svg")
+    if (args.chart or args.add) and not args.out:
+        parser.error("--chart needs -o FILE.svg" if args.chart else "--add needs -o FILE.json")
     if args.chart:
         try:
             args.chart = results.read(args.chart)
@@ -81,27 +92,46 @@ def _problem_with_ranks(n: int | None, device: str) -> str | None:
 
 
 def measure(args: argparse.Namespace) -> Result:
-    """Run all that was asked for; every rank has the result, the first one prints."""
+    """Measure what was asked for on this rank; every rank has the result, the first one writes it after every turn."""
     rank = dist.get_rank()
     device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else "cpu")
     size = SIZES[args.model]
-    builders = {name: build for name, build in rivals.builders(device).items() if name in args.only}
+    builders = rivals.builders(device)
+    result = _result_so_far(args)
+    setting = rivals.Setting(size, device, *batch(size, rank, device))
+    start = time.perf_counter()
+    for names in rivals.stretches(args.only):
+        left = args.limit - (time.perf_counter() - start)
+        plan = Plan(args.rounds, args.iterations, args.profile, left)
+        before, new = list(result.rows), []
+        for rows in run(setting, {name: builders[name] for name in names}, plan, result.notes):
+            result.rows = list(before)
+            result.take(rows)
+            new = result.rows[len(before) :]
+            if rank == 0 and args.out:
+                results.write(result, args.out)
+        if rank == 0:
+            print("\n".join(map(results.line, new)), flush=True)
+    if rank == 0 and args.out:
+        results.write(result, args.out)
+    return result
+
+
+def _result_so_far(args: argparse.Namespace) -> Result:
+    """What `--add` finds, else a result without rows."""
+    size = SIZES[args.model]
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU ({platform.machine()})"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if args.device == "cuda":
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    result = Result(name, dist.get_world_size(), versions, args.model, count_parameters(size), size.batch * size.length)
-    result.notes = rivals.notes(device)
-    setting = rivals.Setting(size, device, *batch(size, rank, device))
-    plan = Plan(args.rounds, args.iterations, args.profile, args.limit)
-    for rows in run(setting, builders, plan, result.notes):
-        known = {row.who for row in result.rows}
-        result.rows += [row for row in rows if row.who not in known]
-        if rank == 0:
-            print("\n".join(map(results.line, rows)), flush=True)
-            if args.out:
-                results.write(result, args.out)
-    return result
+    new = Result(name, dist.get_world_size(), versions, args.model, count_parameters(size), size.batch * size.length)
+    if args.add and args.out.exists():
+        found = results.read(args.out)
+        if found.about != new.about:
+            sys.exit(f"--add: {args.out} is about {found.about}, and this run about {new.about}: write another file")
+        return found
+    new.notes = rivals.notes()
+    return new
 
 
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -115,21 +145,74 @@ def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = arguments(given, prog)
     if args.chart:
         chart.draw(args.chart, args.out)
-        return
-    if "RANK" not in os.environ:
-        sys.exit(subprocess.run(ranks(args.ranks, "fastopt.bench.zero", *given), env=environment()).returncode)
-    start = time.perf_counter()
-    if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+    elif "RANK" in os.environ:
+        _measure_and_leave(args)
     else:
-        dist.init_process_group("gloo")
-    result = measure(args)
-    if dist.get_rank() == 0:
-        print(f"\n{results.page(result)}\n{time.perf_counter() - start:.0f} s in all", flush=True)
-        if args.out:
-            chart.draw(result, args.out.with_suffix(".svg"))
-    dist.barrier()
+        with tempfile.TemporaryDirectory() as folder:
+            sys.exit(_start_ranks(args, given, args.out or Path(folder) / "zero.json"))
+
+
+def _measure_and_leave(args: argparse.Namespace) -> None:
+    """Be one of the ranks."""
+    code = 0
+    try:
+        if args.device == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+        result = measure(args)
+        if dist.get_rank() == 0 and not args.stretch:
+            _show(result, args.out)
+        dist.barrier()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    os._exit(0)  # ranks with models of several libraries do not always shut down in order
+    sys.stderr.flush()
+    os._exit(code)  # ranks with models of several libraries do not always shut down in order
+
+
+def _start_ranks(args: argparse.Namespace, given: Sequence[str], out: Path) -> int:
+    """Measure each stretch on ranks of its own; what goes wrong with one of another package is a note.
+
+    Returns:
+        The exit code: not 0 where one without other packages went wrong.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the ranks end, too
+    start = time.perf_counter()
+    keep, failed, notes = args.add, False, []
+    for names in rivals.stretches(args.only):
+        left = args.limit - (time.perf_counter() - start)
+        outside = names[0] in rivals.OTHERS
+        if left <= 0:
+            notes.append(f"Stopped after {args.limit:.0f} s, without: {', '.join(names)}.")
+            continue
+        more = ["--stretch", "--only", ",".join(names), "--limit", str(left), "--out", str(out)]
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        seconds = min(left + OVERTIME, args.patience if outside else math.inf)
+        arguments = [*given, *more, *(["--add"] if keep else [])]
+        problem = run_ranks(args.ranks, "fastopt.bench.zero", arguments, store.port, seconds)
+        keep = out.exists()
+        if problem is not None:
+            notes.append(f"{', '.join(names)}: {problem}.")
+            failed = failed or not outside
+        if keep and notes:
+            result = results.read(out)
+            result.notes += notes
+            results.write(result, out)
+            notes = []
+    if not out.exists():
+        return 1
+    result = results.read(out)
+    _show(result, args.out)
+    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+    return int(failed)
+
+
+def _show(result: Result, out: Path | None) -> None:
+    """Print the page, and draw the chart beside it."""
+    print(f"\n{results.page(result)}", flush=True)
+    if out and result.rows:
+        chart.draw(result, out.with_suffix(".svg"))

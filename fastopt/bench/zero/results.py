@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class Row:
     Attributes:
         iteration_ms: median of an iteration, without waiting for the device in between.
         compute_ms: that of forward and backward alone, in the same turns.
+        ours_ms: that of our stage 2 in the same turns.
         host_ms: until an iteration has been enqueued, the device idle before.
         resident_bytes: between iterations; None on the CPU.
         peak_bytes: in an iteration; None on the CPU.
@@ -37,6 +39,7 @@ class Row:
     sent_bytes: float
     collectives: int
     kernels: Kernels | None = None
+    ours_ms: float | None = None
 
     @property
     def exposed_ms(self) -> float:
@@ -56,6 +59,16 @@ class Result:
     tokens: int
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def about(self) -> tuple[Any, ...]:
+        """What two results must have in common, so that their rows may stand in one table."""
+        return self.device, self.world_size, self.versions, self.model, self.parameters, self.tokens
+
+    def take(self, rows: Iterable[Row]) -> None:
+        """Add the rows of those that are not in it."""
+        known = {row.who for row in self.rows}
+        self.rows += [row for row in rows if row.who not in known]
 
 
 def write(result: Result, path: Path) -> None:
@@ -82,17 +95,20 @@ def _row(values: dict[str, Any]) -> Any:
 
 
 HEAD = (
-    "| who | ms/iteration | of compute | exposed ms | host ms | resident GiB | peak GiB | sent GB | collectives |",
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    "| who | ms/iteration | of compute | of stage 2 | exposed ms | host ms | resident GiB | peak GiB | sent GB "
+    "| collectives |",
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
 
 
 def line(row: Row) -> str:
     """The line of the table for a row."""
     memory = (f"{n / GIB:.2f}" if n is not None else "" for n in (row.resident_bytes, row.peak_bytes))
+    of_ours = f"{row.iteration_ms / row.ours_ms:.3f}" if row.ours_ms else ""
     return (
-        f"| {row.who} | {row.iteration_ms:.2f} | {row.iteration_ms / row.compute_ms:.3f} | {row.exposed_ms:.2f} "
-        f"| {row.host_ms:.1f} | {' | '.join(memory)} | {row.sent_bytes / 1e9:.3f} | {row.collectives} |"
+        f"| {row.who} | {row.iteration_ms:.2f} | {row.iteration_ms / row.compute_ms:.3f} | {of_ours} "
+        f"| {row.exposed_ms:.2f} | {row.host_ms:.1f} | {' | '.join(memory)} | {row.sent_bytes / 1e9:.3f} "
+        f"| {row.collectives} |"
     )
 
 

@@ -16,7 +16,7 @@ from ..values import in_a_line
 from . import trace
 from .model import count_parameters
 from .results import Row
-from .rivals import COMPUTE, OTHERS, Iteration, Iterations, Setting, compute_only
+from .rivals import COMPUTE, OURS, Iteration, Iterations, Setting, compute_only, stage_2
 
 LEAD_IN = 2
 """Iterations at the start of a turn that are not timed: then a turn is what goes on for ever in training."""
@@ -51,37 +51,51 @@ class Contender:
 def run(
     setting: Setting, builders: dict[str, Callable[[Setting], Iterations]], plan: Plan, notes: list[str]
 ) -> Iterator[list[Row]]:
-    """The rows of all of `builders`, as many at a time as fit into memory, each time beside compute only."""
-    waiting = dict(builders)
+    """The rows of `builders`, as many at a time as fit into memory, beside compute only and our stage 2 each time.
+
+    Comes with what is known after every turn, so that nothing is lost where a later one goes wrong.
+    """
+    waiting = {name: build for name, build in builders.items() if build is not stage_2}
     start = time.perf_counter()
-    while waiting:
-        contenders = _start(setting, compute_only, plan)
+    first = True
+
+    def late() -> bool:
+        return _longest(setting.device, time.perf_counter() - start) > plan.limit
+
+    while waiting or first:
+        first = False
+        contenders = [*_start(setting, compute_only), *_start(setting, stage_2)]
+        references = len(contenders)
         for name in list(waiting):
-            if len(contenders) > 1 and not _fits(setting.device, count_parameters(setting.size)):
+            if len(contenders) > references and not _fits(setting.device, count_parameters(setting.size)):
                 break
-            if _longest(setting.device, time.perf_counter() - start) > plan.limit:
+            if late():
                 notes.append(f"Stopped after {plan.limit:.0f} s, without: {', '.join(waiting)}.")
                 waiting.clear()
                 break
             try:
-                contenders += _start(setting, waiting.pop(name), plan)
-            except (Exception, SystemExit) as error:
-                if name not in OTHERS and not isinstance(error, NotImplementedError):
-                    raise
+                contenders += _start(setting, waiting.pop(name))
+            except NotImplementedError as error:
                 notes.append(f"{name}: {in_a_line(error)}.")
-        for _ in range(plan.rounds):
+        for turn in range(plan.rounds):
+            if turn and late():
+                who = ", ".join(each.who for each in contenders)
+                notes.append(f"Stopped after {plan.limit:.0f} s, after {turn} of {plan.rounds} turns of: {who}.")
+                break
             for each in contenders:
                 each.times += _turn(setting.device, each.iterate, plan.iterations)
                 each.host.append(_host(setting.device, each.iterate))
-        if plan.profile and setting.device.type == "cuda":
-            for each in contenders:
-                each.kernels = trace.kernels(trace.record(each.iterate, PROFILED, device=True), PROFILED)
+            yield _rows(setting.device, contenders)
+        for each in contenders if plan.profile and setting.device.type == "cuda" else ():
+            if late():
+                break
+            each.kernels = trace.kernels(trace.record(each.iterate, PROFILED, device=True), PROFILED)
         yield _rows(setting.device, contenders)
         del contenders, each
         _release(setting.device)
 
 
-def _start(setting: Setting, build: Callable[[Setting], Iterations], plan: Plan) -> list[Contender]:
+def _start(setting: Setting, build: Callable[[Setting], Iterations]) -> list[Contender]:
     """Build, make a few iterations of each kind, and measure memory and traffic."""
     before = _allocated(setting.device)
     found = []
@@ -134,19 +148,20 @@ def _rows(device: torch.device, contenders: Sequence[Contender]) -> list[Row]:
     worst = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     values = worst.tolist()
-    compute_ms = next(v[0] for c, v in zip(contenders, values, strict=True) if c.who == COMPUTE)
+    median = {c.who: v[0] for c, v in zip(contenders, values, strict=True)}
     on_gpu = device.type == "cuda"
     return [
         Row(
             who=c.who,
             iteration_ms=iteration_ms,
-            compute_ms=compute_ms,
+            compute_ms=median[COMPUTE],
             host_ms=host_ms,
             resident_bytes=int(resident) if on_gpu else None,
             peak_bytes=int(peak) if on_gpu else None,
             sent_bytes=c.wire.sent,
             collectives=c.wire.collectives,
             kernels=c.kernels,
+            ours_ms=median[OURS],
         )
         for c, (iteration_ms, host_ms, resident, peak) in zip(contenders, values, strict=True)
     ]
