@@ -33,15 +33,15 @@ def loss_of(model: Any, x: Tensor, y: Tensor) -> Tensor:
     return (model(x).float() - y).square().mean()
 
 
-def prepared() -> tuple[Any, Any, Any]:
-    """Accelerator, model and optimizer, which is built before the model is sharded."""
+def sharding() -> Any:
+    """The accelerator. There is one in a process."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState
 
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
-    accelerator = Accelerator(fsdp_plugin=plugin)
+    return Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False))
+
+
+def prepared(accelerator: Any) -> tuple[Any, Any, Any]:
+    """Accelerator, a new model and its optimizer, which is built before the model is sharded."""
     model = network()
     opt = fastopt.Adam(model.parameters(), lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     return accelerator, *accelerator.prepare(model, opt)
@@ -65,12 +65,14 @@ def whole(model: Any) -> list[Tensor]:
 def main(folder: Path) -> None:
     """In one go, and resumed half-way from what Accelerate has saved."""
     half = BATCHES // 2
-    one = prepared()
+    accelerator = sharding()
+    one = prepared(accelerator)
     steps(*one, slice(half))
-    one[0].save_state(folder / "state")
+    accelerator.save_state(folder / "state")
     steps(*one, slice(half, None))
-    two = prepared()
-    two[0].load_state(folder / "state")
+    accelerator.free_memory()  # or else `load_state` would load into the first model, too
+    two = prepared(accelerator)
+    accelerator.load_state(folder / "state")
     steps(*two, slice(half, None))
     found = {
         "whole": whole(one[1]),
@@ -78,7 +80,7 @@ def main(folder: Path) -> None:
         "sharded": all(hasattr(p, "placements") for p in one[2].param_groups[0]["params"]),
         "executors": sorted({choice.executor for choice in one[2].optimizer.engine}),
     }
-    if one[0].is_main_process:
+    if accelerator.is_main_process:
         torch.save(found, folder / "found.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -28,12 +28,12 @@ ALIKE: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_
 PAIR: tuple[Callable[..., Any], ...] = (partial(fastopt.Adam, **ALIKE), partial(torch.optim.AdamW, **ALIKE))
 
 
-def assert_alike(losses: list[list[float]], at_least: int = BATCHES, rel: float = 2e-2) -> None:
-    """Both runs have the same losses, as far as half precision tells, and learn something."""
+def assert_alike(losses: list[list[float]], at_least: int = BATCHES, rel: float = 2e-2, falls: float = 0.9) -> None:
+    """Both runs have the same losses, as far as half precision tells, which fall to `falls` of the first at least."""
     ours, theirs = losses
     assert len(ours) == len(theirs) >= at_least
     assert ours == pytest.approx(theirs, rel=rel, abs=1e-3)
-    assert ours[-1] < 0.9 * ours[0]
+    assert ours[-1] < falls * ours[0]
 
 
 # ---- torch
@@ -251,4 +251,4 @@ def test_fastai_learner_in_half_precision(tmp_path: Path) -> None:
         assert not torch.equal(before, model[0].weight)
         losses.append(frozen + [float(value) for value in learn.recorder.losses])
     assert max(scales) > 1  # gradients were scaled
-    assert_alike(losses, 5)
+    assert_alike(losses, 5, falls=0.98)  # averages over all batches so far
