@@ -16,13 +16,27 @@ from tests.warm import run_script
 SCRIPT = ROOT / "scripts" / "bench_zero.py"
 WAYS = "stage2,groups,stage1,ddp,zero-redundancy,fully-shard-2"
 
+DEEPSPEED = """
+import os, sys, time
+
+def initialize(**given):
+    if os.environ["RANK"] == "1":
+        print("no such kernel", file=sys.stderr, flush=True)
+        os._exit(3)
+    time.sleep(600)
+"""
+"""A package that ends one rank and lets the other hang."""
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON of a run, in a folder with what was written beside it."""
+    """The JSON of a run, in a folder with what was written beside it. One of the packages to compare with fails."""
     out = tmp_path_factory.mktemp("bench") / "zero.json"
+    peers = tmp_path_factory.mktemp("peers")
+    (peers / "deepspeed.py").write_text(DEEPSPEED)
     quick = ("--device", "cpu", "--model", "tiny", "--rounds", "1", "--iterations", "1")
-    torchrun(2, SCRIPT, *quick, "--only", WAYS, "--out", out, cwd=out.parent)
+    asked = ("--ranks", "2", "--only", f"deepspeed1,{WAYS}", "--peers", peers, "--out", out)
+    run_command(sys.executable, SCRIPT, *quick, *asked, cwd=out.parent)
     return out
 
 
@@ -58,6 +72,13 @@ def test_the_bytes_that_are_sent(rows: dict[str, dict[str, Any]], written: Path)
     assert rows["fully_shard without resharding, torch fused"]["sent_bytes"] == gathered_and_scattered
     least = half * (2 + 2) * n  # gradients and parameters in bfloat16; padding and control messages come on top
     assert least <= rows["fastopt stage 2"]["sent_bytes"] < 1.2 * least
+
+
+def test_a_package_that_ends_a_rank_is_a_note_and_the_rest_is_there(written: Path) -> None:
+    notes = json.loads(written.read_text())["notes"]
+    (note,) = [note for note in notes if note.startswith("deepspeed1")]
+    assert note == "deepspeed1: rank 1 ended with exit code 3, and not all others within 5 s: no such kernel."
+    assert note in written.with_suffix(".md").read_text()
 
 
 def test_tables_and_chart_are_written_beside(written: Path, tmp_path: Path) -> None:
