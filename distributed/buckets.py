@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..parts import is_spread, part_of
 from .header import EXTRA
-from .layout import Bucket, Layout
+from .layout import Layout
+from .places import Bucket
 from .transport import GroupTransport, Transport
 from .wire import Wire, wire_of
 

@@ -19,9 +19,10 @@ from .along import Along
 from .collectives import Ranks
 from .consistency import agree_fully
 from .copying import copies
-from .layout import Kind, Layout, ParamSpec
+from .layout import Kind, Layout
 from .members import about_groups, specs_of
 from .meshes import seat
+from .places import ParamSpec
 from .sharded import ShardedOptimizer
 from .spread import Spread
 from .transport import Transport

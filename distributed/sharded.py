@@ -26,10 +26,11 @@ from .gradients import Gradients, LocalGradients
 from .holding import HoldsParts
 from .in_backward import InBackward, refused
 from .lane import Lane
-from .layout import Layout, ParamSpec
+from .layout import Layout
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .pipeline import Pipeline
+from .places import ParamSpec
 from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
