@@ -2,7 +2,8 @@
 
 from .collectives import Ranks
 from .consistency import RanksDiffer
-from .layout import Bucket, Entry, Layout, ParamSpec, Region
+from .layout import Layout
+from .places import Bucket, Entry, ParamSpec, Region
 from .shard import shard
 from .sharded import ShardedOptimizer
 from .watch import RanksMissing

@@ -198,6 +198,10 @@ class Agreement:
             told.update({f"hyper {name!r} of group {i}": value for name, value in values})
         return told
 
+    def used(self) -> bytes:
+        """A digest of the hypers and of the freezing that a step now uses."""
+        return self._hypers_digest()
+
     def _used_hypers(self) -> Iterator[tuple[int, int, str, Any]]:
         """The hypers that the last step has used: its number, group, name and value."""
         step, stored = self._used or (0, [])

@@ -8,9 +8,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..parts import part_of
+from ..parts import is_spread, part_of
 from .header import EXTRA
-from .layout import Bucket, Layout
+from .layout import Layout
+from .places import Bucket
 from .transport import GroupTransport, Transport
 from .wire import Wire, wire_of
 
@@ -54,6 +55,7 @@ class Buffers:
         self.buckets: list[FlatBucket] = []
         self._slices: dict[int, Tensor] = {}
         self._homes: list[int] = []
+        self._plain = True
         self.bucket_of: list[int] = []
         self._reducing: dict[frozenset[int], tuple[Wire, ...]] = {}
         self._gathering: dict[frozenset[int], tuple[Wire, ...]] = {}
@@ -67,6 +69,7 @@ class Buffers:
         self.params += params
         for bucket in layout.buckets[len(self.buckets) :]:
             self.buckets.append(self._make(bucket))
+        self._plain = not any(map(is_spread, self.params))
         self._homes += [part_of(p).data_ptr() for p in params]
         self.bucket_of += [layout.place(i)[0].index for i in range(len(self.bucket_of), len(self.params))]
 
@@ -126,7 +129,7 @@ class Buffers:
 
     def displaced(self) -> list[str]:
         """Names of parameters whose memory is no longer in the buffer, because somebody has assigned `p.data`."""
-        parts = list(map(part_of, self.params))
+        parts = self.params if self._plain else list(map(part_of, self.params))
         found = [part.data_ptr() for part in parts]
         if found == self._homes:
             return []

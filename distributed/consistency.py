@@ -69,7 +69,6 @@ def agree(ranks: Ranks, facts: Any, told: Sequence[int], report: Callable[[], Re
 def both_ways(facts: Any) -> list[int]:
     """The digest of `facts` and its complement, `BOTH_WAYS` numbers to be told."""
     told = digest(facts)
-    told = digest(facts)
     return [*told, *(255 - b for b in told)]
 
 
@@ -96,8 +95,8 @@ def digest(facts: Any) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def compare(reports: Sequence[Report]) -> NoReturn:
-    """Raise `RanksDiffer` with the differences between the ranks' reports.
+def compare(reports: Sequence[Report], numbers: Sequence[int] | None = None) -> NoReturn:
+    """Raise `RanksDiffer` with the differences between the ranks' reports; `numbers` are theirs, from 0 without.
 
     If a rank reports a problem, it is that which has to be mended: the rest is left out. A problem that all ranks have
     alike is no difference: a RuntimeError.
@@ -111,7 +110,7 @@ def compare(reports: Sequence[Report]) -> NoReturn:
     lines = []
     for subject in subjects:
         values: dict[str, list[int]] = {}
-        for rank, report in enumerate(reports):
+        for rank, report in zip(numbers or range(len(reports)), reports, strict=True):
             values.setdefault(_shown(report[subject]) if subject in report else "nothing", []).append(rank)
         if len(values) > 1:
             told = "; ".join(f"{value} on {_name_ranks(where)}" for value, where in values.items())

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .layout import Bucket, Layout, ParamSpec
+from .layout import Layout
+from .places import Bucket, ParamSpec
 from .planning import Plan
 from .rows import Rows
 

@@ -108,10 +108,11 @@ def scale(tensors: Sequence[Tensor], by: Tensor) -> None:
 
 def sparse(buffers: Buffers) -> str | None:
     """What is wrong with a gradient that is not dense, and so has no slices; None if there is none."""
-    for spec, p in zip(buffers.layout.params, buffers.params, strict=True):
-        if p.grad is not None and p.grad.layout != torch.strided:
+    for i, p in enumerate(buffers.params):
+        grad = p.grad
+        if grad is not None and grad.layout != torch.strided:
             return (
-                f"the gradient of {spec.name!r} is sparse, which has no slices: use dense gradients "
-                f"(Embedding(sparse=False))"
+                f"the gradient of {buffers.layout.params[i].name!r} is sparse, which has no slices: use dense "
+                f"gradients (Embedding(sparse=False))"
             )
     return None

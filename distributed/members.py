@@ -14,7 +14,7 @@ from ..optimizer import Optimizer
 from ..parts import is_spread, part_of
 from .buckets import shared_memory
 from .collectives import Ranks
-from .layout import ParamSpec
+from .places import ParamSpec
 from .spread import meshes_of, part_in_whole, why_not
 
 # What wrappers put before the names of a model's parameters.

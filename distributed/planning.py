@@ -21,8 +21,9 @@ from ..engine.master import add_masters
 from ..optimizer import Optimizer
 from ..optimizers import Adam
 from ..wrapper import OptimWrapper
-from .layout import Kind, Layout, ParamSpec
+from .layout import Kind, Layout
 from .members import model_names
+from .places import ParamSpec
 from .reductions import IN_FLIGHT
 from .rows import REST, Rows, Unit, loads_of_rows, units_of
 

@@ -176,10 +176,9 @@ class ReducedGradients(Reductions):
         if not wires:
             return None
         # Autograd brings nothing for a parameter that requires no gradient: its bucket waits for the end.
-        expected = [
-            {i for i in wire.params if i in self._agreement.active and self._buffers.params[i].requires_grad}
-            for wire in wires
-        ]
+        params = self._buffers.params
+        coming = {i for i in self._agreement.active if params[i].requires_grad}
+        expected = [coming.intersection(wire.params) for wire in wires]
         leading = [] if self._ranks.alone else self._agreement.header(place, self._problem, changed=False)
         self._round = Round(place, wires, expected, leading)
         self._rounds += 1

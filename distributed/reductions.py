@@ -20,7 +20,7 @@ from .header import EXTRA
 from .label import label
 from .lane import Lane
 from .packing import pack
-from .rounds import Part, numbers_beside
+from .rounds import Part, average, numbers_beside
 from .wire import Wire
 
 IN_FLIGHT = 2
@@ -129,8 +129,10 @@ class Reductions:
         while self.under_way(buckets):
             self._land()
         with self._lane.inside():
-            for index in buckets & self._parts.keys():
-                self._parts[index].ready()
+            landed = [self._parts[index] for index in sorted(buckets & self._parts.keys())]
+            average(landed)
+            for part in landed:
+                part.ready()
 
     def slices(self, params: Sequence[int]) -> list[Tensor | None]:
         """This rank's elements of averaged gradients."""
@@ -143,6 +145,7 @@ class Reductions:
     def held(self, params: Iterable[int]) -> list[Tensor]:
         """The parts of all buckets; what is not active is zero in them."""
         self._land_all()
+        average(self._parts.values())
         return [part.ready() for part in self._parts.values()]
 
     def scale(self, params: Iterable[int], by: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -51,14 +51,14 @@ class Part:
         wire: of the bucket.
         rank: this one.
         sums: over the ranks.
-        total: the number of ranks that the sums are averaged over.
+        total: the number of ranks that the sums are averaged over; 1 when they have been.
     """
 
     def __init__(self, wire: Wire, rank: int, sums: Tensor, total: int) -> None:
         self.wire = wire
         self.sums = sums
         self.payload = wire.payloads[rank]
-        self._total = total
+        self.total = total
         self._factors: list[Tensor] = []
         self._views: dict[int, Tensor] | None = None
         self._runs = wire.parts[rank]
@@ -70,9 +70,7 @@ class Part:
     def ready(self) -> Tensor:
         """The average, with all that it was to be multiplied with, without the header."""
         found = self.sums[: self.payload]
-        if self._total > 1:
-            found.div_(self._total)
-            self._total = 1
+        average([self])
         for factor in self._factors:
             found.mul_(factor.to(found.device))
         self._factors.clear()
@@ -108,6 +106,15 @@ class Part:
             if param in at:
                 self.views[param].add_(earlier.views[param])
                 self.flags()[k].add_(before[at[param]])
+
+
+def average(parts: Iterable[Part]) -> None:
+    """Divide what has not been divided, in one launch."""
+    due = [part for part in parts if part.total > 1]
+    if due:
+        torch._foreach_div_([part.sums[: part.payload] for part in due], due[0].total)
+    for part in due:
+        part.total = 1
 
 
 def numbers_beside(like: Tensor, numbers: list[int], size: int) -> Tensor:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .layout import Loads, ParamSpec
+from .loads import Loads
+from .places import ParamSpec
 
 REST = "the rest"
 """The unit of the parameters that are in no numbered block."""

@@ -15,13 +15,16 @@ from ..engine import cb_name, executor_for, requested, undeclared
 from ..optimizer import Optimizer
 from ..parts import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
+from .along import Along
 from .collectives import Ranks
 from .consistency import agree_fully
 from .copying import copies
-from .layout import Kind, Layout, ParamSpec
+from .layout import Kind, Layout
 from .members import about_groups, specs_of
 from .meshes import seat
+from .places import ParamSpec
 from .sharded import ShardedOptimizer
+from .spread import Spread
 from .transport import Transport
 
 
@@ -105,15 +108,22 @@ def shard(
     agree_fully(ranks, report)
     if problem:
         raise problem
+    along = Along(Spread(params).groups)
+    along.compare(lambda: {subject: value for subject, value in report.items() if not _of_parameters(subject)})
     if moved is not None:
         ranks.transport = moved
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
     sharded = ShardedOptimizer(opt, model, ranks, made, params, at, reduce_dtype, step_in_backward)
-    sharded.cost, sharded.overlap = cost, overlap
+    sharded.cost, sharded.overlap, sharded.along = cost, overlap, along
     _broadcast_rest(model, params, ranks)
     return sharded
+
+
+def _of_parameters(subject: str) -> bool:
+    """Whether a subject of a report is about this rank's parts."""
+    return subject.startswith(("params[", "order in"))
 
 
 def _check(opt: Any, model: Any, stage: Any) -> None:

@@ -16,6 +16,7 @@ from ..optimizer import Optimizer
 from ..parts import Sharers, is_spread, part_of, part_of_grad, show
 from ..state import ParamState
 from .agreement import Agreement
+from .along import Along
 from .around import refuse
 from .buckets import KEPT, Buffers
 from .collectives import Ranks
@@ -25,10 +26,11 @@ from .gradients import Gradients, LocalGradients
 from .holding import HoldsParts
 from .in_backward import InBackward, refused
 from .lane import Lane
-from .layout import Layout, ParamSpec
+from .layout import Layout
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .pipeline import Pipeline
+from .places import ParamSpec
 from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .scaling import Found, teach_grad_scaler, unscale
@@ -51,6 +53,8 @@ class ShardedOptimizer(HoldsParts):
     cost: Callable[[Tensor], float] | None = None
     #: Whether parameters come back under the next forward pass; False lets `step` wait for them.
     overlap: bool = True
+    #: Compares hypers with the ranks that share parameters beside those of `shard`.
+    along: Along = Along()
 
     def __init__(
         self,
@@ -151,6 +155,8 @@ class ShardedOptimizer(HoldsParts):
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
+        if self.along.groups:
+            self.along.stepped(self._agreement.used(), self._agreement.settings)
         if not self.overlap:
             self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
@@ -404,6 +410,8 @@ class ShardedOptimizer(HoldsParts):
         self._index.update({id(p): len(self._buffers.params) + j for j, p in enumerate(params)})
         self._buffers.extend(layout, params)
         self._spread.extend(params)
+        if self._spread.groups != self.along.groups:
+            self.along = Along(self._spread.groups)
         for flat in self._buffers.buckets[first:]:
             self._ranks.broadcast(flat.flat)
         self._gradients.watch()

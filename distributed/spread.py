@@ -11,6 +11,7 @@ are norms, which are added up over tp after dp, the boxes of the state in a chec
     dp 1      | a a a a | | A A A A |        state: dp 0 holds the first half of its part, dp 1 the second
 
 Every rank of a line along tp has the same gradients missing and makes the same calls: they compute one thing together.
+Hypers and freezing are compared along it now and then, see along.py.
 """
 
 from __future__ import annotations

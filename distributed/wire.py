@@ -21,7 +21,7 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from .layout import Bucket, Segment, aligned
+from .places import Bucket, Segment, aligned
 
 
 @dataclass(frozen=True)

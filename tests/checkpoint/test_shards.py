@@ -13,7 +13,8 @@ from fastopt import Box
 from fastopt.checkpoint import CheckpointError
 from fastopt.checkpoint.manifest import _intervals
 from fastopt.checkpoint.shards import Shards
-from fastopt.distributed.layout import Layout, ParamSpec
+from fastopt.distributed.layout import Layout
+from fastopt.distributed.places import ParamSpec
 
 from .test_plan import box_in, numbers, shapes, tiling
 

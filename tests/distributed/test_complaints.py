@@ -5,6 +5,9 @@ All on real ranks, against one process where there are numbers to compare.
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -310,3 +313,15 @@ def test_complaint_20_groups_in_another_order(ranks: Any) -> None:
     assert len(set(told)) == 1
     assert "params[0] of group 0" in told[0]
     assert "rank 2" in told[0]
+
+
+def test_every_complaint_has_a_test_that_exists() -> None:
+    page = str(sys.modules[__package__].__doc__)
+    numbers = [int(n) for n in re.findall(r"^ +(\d+)  ", page, re.MULTILINE)]
+    assert numbers == list(range(1, 25))
+    folder = Path(__file__).parent
+    named = re.findall(r"(gpu\.)?(test_\w+)\.(\w+)", page.partition("checks that all")[2])
+    assert len(named) > 40
+    for gpu, module, function in named:
+        path = (folder.parent / "gpu" if gpu else folder) / f"{module}.py"
+        assert re.search(rf"^def {function}\(", path.read_text(), re.MULTILINE), f"{path.name} has no {function}"

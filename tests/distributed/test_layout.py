@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastopt.distributed.decoder import decoder
-from fastopt.distributed.layout import ALIGN_BYTES, Layout, ParamSpec
+from fastopt.distributed.layout import Layout
+from fastopt.distributed.places import ALIGN_BYTES, ParamSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastopt
 from fastopt.checkpoint import load, save
 from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed.copying import SLOTS
+from fastopt.distributed.transport import GroupTransport
 
 from .muon import muon
 from .problems import EVERY, Model, assert_same_run, average, feed, gradient, members, set_average
@@ -21,7 +26,9 @@ from .test_wire import BYTES, SHAPES, backward, counted
 MESH = ("replicate", "shard")
 
 
-def same_as_one_process(rank: int, world_size: int, shape: tuple[int, ...], names: list[str]) -> None:
+def same_as_one_process(
+    rank: int, world_size: int, shape: tuple[int, ...], names: list[str], transport: Literal["copy"] | None = None
+) -> None:
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=MESH[-len(shape) :])
     for name in names:
         build = muon if name == "muon" else EVERY[name]
@@ -30,7 +37,8 @@ def same_as_one_process(rank: int, world_size: int, shape: tuple[int, ...], name
             with torch.no_grad():  # rank 0's values count on every copy
                 for p in model.parameters():
                     p.add_(float(rank))
-            opt = shard(build(model.param_groups()), model, stage=stage, group=mesh, bucket_bytes=100)
+            how: dict[str, Any] = {"stage": stage, "transport": transport, "bucket_bytes": 100}
+            opt = shard(build(model.param_groups()), model, group=mesh, **how)
             plain = build(reference.param_groups())
             assert (opt.world_size, opt.rank) == (shape[-1], rank % shape[-1])
             for step, first in enumerate((0, 1, 2, 0)):
@@ -56,6 +64,74 @@ def active(opt: fastopt.Optimizer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 4), (4,)], ids=str)
 def test_a_mesh_equals_one_process(ranks: Any, shape: tuple[int, ...]) -> None:
     ranks(4).run(same_as_one_process, shape, ["adam", "lamb", "muon"], timeout=120)
+
+
+class LateWork:
+    """A collective whose result is there when it has been waited for, and not before."""
+
+    def __init__(self, work: Any, then: Callable[[], None]) -> None:
+        self._work, self._then = work, then
+        self.done = False
+
+    def wait(self) -> None:
+        if not self.done:
+            self._work.wait()
+            self._then()
+            self.done = True
+
+
+class Late(GroupTransport):
+    """What `CopyTransport` may do, on the CPU: results come late, and what is sent lies in slots used again."""
+
+    def __init__(self, group: dist.ProcessGroup, devices: set[torch.device]) -> None:
+        super().__init__(group)
+        self._slots: list[Tensor] = [torch.empty(0)] * SLOTS
+        self._users: list[LateWork | None] = [None] * SLOTS
+        self._turn = 0
+        self.used = 0
+
+    def passing(self, numel: int, like: Tensor) -> Tensor:
+        self._turn = (self._turn + 1) % SLOTS
+        user = self._users[self._turn]
+        assert user is None or user.done, "a slot is filled again before it has been read"
+        if self._slots[self._turn].numel() < numel:
+            self._slots[self._turn] = like.new_empty(numel)
+        return self._slots[self._turn][:numel].fill_(float("nan"))
+
+    def reduce_scatter(self, mine: Tensor, full: Tensor) -> LateWork:
+        found = torch.empty_like(mine)
+        work = super().reduce_scatter(found, full.clone())
+        mine.fill_(float("nan"))
+        late = self._users[self._turn] = LateWork(work, lambda: mine.copy_(found))  # type: ignore[func-returns-value]
+        self.used += 1
+        return late
+
+    def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> LateWork:
+        found = [torch.empty_like(full) for full in fulls]
+        work = super().all_gather(found, [mine.clone() for mine in mines])
+        self.used += 1
+        return LateWork(work, lambda: torch._foreach_copy_(list(fulls), found))  # type: ignore[func-returns-value]
+
+
+def late_in_hybrid(rank: int, world_size: int, shape: tuple[int, int]) -> int:
+    """Copies inside the shards of a mesh, and all-reduces across, that must wait for them."""
+    module = sys.modules["fastopt.distributed.shard"]
+    transports: list[Late] = []
+
+    def copies(group: dist.ProcessGroup, devices: set[torch.device]) -> Late:
+        transports.append(Late(group, devices))
+        return transports[-1]
+
+    before, module.copies = module.copies, copies  # type: ignore[attr-defined]
+    try:
+        same_as_one_process(rank, world_size, shape, ["adam", "lamb"], "copy")
+    finally:
+        module.copies = before  # type: ignore[attr-defined]
+    return sum(transport.used for transport in transports)
+
+
+def test_copies_inside_a_hybrid_mesh_are_waited_for(ranks: Any) -> None:
+    assert min(ranks(4).run(late_in_hybrid, (2, 2), timeout=120)) > 50
 
 
 def accumulated(rank: int, world_size: int, dtype: torch.dtype, reduce_dtype: torch.dtype | None = None) -> None:

@@ -20,7 +20,8 @@ from fastopt.command import main
 from fastopt.distributed import shard
 from fastopt.distributed.decoder import decoder
 from fastopt.distributed.drawing import owner_of
-from fastopt.distributed.layout import Layout, ParamSpec
+from fastopt.distributed.layout import Layout
+from fastopt.distributed.places import ParamSpec
 from fastopt.distributed.plan import plan, plan_specs, report
 from fastopt.distributed.planning import Memory, Plan
 from fastopt.distributed.rows import REST, Rows, loads_of_rows, units_of

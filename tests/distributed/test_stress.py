@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -38,14 +39,23 @@ def reaches(params: list[Tensor], used: list[bool]) -> bool:
     return any(u and p.requires_grad for u, p in zip(used, params, strict=True))
 
 
-def anything(rank: int, world_size: int, name: str, seed: int) -> None:
+def anything(
+    rank: int,
+    world_size: int,
+    name: str,
+    seed: int,
+    steps: int = STEPS,
+    how: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> None:
     """Random freezing, marks, rates and accumulation, alike on all ranks; gradients and whole passes that some lack."""
     rng = random.Random(seed)
-    model, reference = Called(), Called()
-    sharded = shard(ELEMENTWISE[name](model.param_groups()), model, bucket_bytes=rng.choice([60, 150, 2**20]))
+    model, reference = Called().to(device), Called().to(device)
+    sizes = {"bucket_bytes": rng.choice([60, 150, 2**20])}
+    sharded = shard(ELEMENTWISE[name](model.param_groups()), model, **sizes, **(how or {}))
     plain = ELEMENTWISE[name](reference.param_groups())
     count = len(members(plain))
-    for step in range(STEPS):
+    for step in range(steps):
         marked, mark = rng.randrange(count), rng.choice(["force_train", "do_wd"])
         setting = rng.random() < 0.5
         first = rng.randrange(4)

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastopt
 from fastopt.checkpoint import load, save
-from fastopt.distributed import shard
+from fastopt.distributed import RanksDiffer, along, shard
 
 from .muon import muon
 from .test_wire import counted
@@ -284,3 +284,40 @@ def refusals(rank: int, world_size: int) -> str:
 def test_what_stays_impossible_says_what_to_do(ranks: Any) -> None:
     for told in ranks(4).run(refusals):
         assert "shard(opt, model, group=mesh['dp'])" in told
+
+
+def differ_along_the_plan(rank: int, world_size: int) -> list[str]:
+    """What is raised when a column has another rate: from the start, and from the second of six steps on."""
+    mesh = two_dimensions()
+    told = []
+    net = parallel(mesh)
+    column = mesh["tp"].get_local_rank()
+    try:
+        shard(fastopt.Adam(net.parameters(), lr=0.1 * (1 + column)), net, group=mesh["dp"])
+    except RanksDiffer as error:
+        told.append(str(error))
+    opt = shard(fastopt.Adam(net.parameters(), lr=0.1), net, group=mesh["dp"])
+    before, along.EVERY = along.EVERY, 3
+    try:
+        for step in range(6):
+            if step == 1:
+                opt.set_hyper("lr", 0.1 * (1 + column))
+            if step == 2:
+                opt.set_hyper("lr", 0.3)  # what is used is compared, not what is there by then
+            backward(net, mesh, step)
+            opt.step()
+            opt.zero_grad()
+    except RanksDiffer as error:
+        told.append(f"step {step}: {error}")
+    finally:
+        along.EVERY = before
+    return told
+
+
+def test_rates_that_differ_along_the_plan_are_told_after_some_steps(ranks: Any) -> None:
+    found = ranks(4).run(differ_along_the_plan)
+    for rank, (first, later) in enumerate(found):
+        row = rank // 2 * 2
+        assert f"hyper 'lr' of group 0: 0.1 on rank {row}; 0.2 on rank {row + 1}" in first
+        assert later.startswith("step 2: the ranks disagree\n  hypers and freezing in steps 0 to 3: ")
+        assert f" on rank {row}; " in later

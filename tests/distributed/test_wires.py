@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fastopt.distributed.buckets import Buffers
 from fastopt.distributed.header import EXTRA, PLACES, decode, encode
-from fastopt.distributed.layout import Layout, ParamSpec
+from fastopt.distributed.layout import Layout
 from fastopt.distributed.packing import own_part, own_spans, pack, unpack
+from fastopt.distributed.places import ParamSpec
 from fastopt.distributed.wire import wire_of
 
 from .test_layout import kinds, param_lists, sizes

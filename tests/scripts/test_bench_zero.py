@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,34 @@ import pytest
 
 from fastopt.bench.values import in_a_line
 from fastopt.bench.zero import trace
-from tests.commands import ROOT, torchrun
+from fastopt.bench.zero.processes import run_ranks
+from tests.commands import ROOT, run_command
 from tests.warm import run_script
 
 SCRIPT = ROOT / "scripts" / "bench_zero.py"
 WAYS = "stage2,groups,stage1,ddp,zero-redundancy,fully-shard-2"
 
+DEEPSPEED = """
+import os, sys, time
+
+def initialize(**given):
+    if os.environ["RANK"] == "1":
+        print("no such kernel", file=sys.stderr, flush=True)
+        os._exit(3)
+    time.sleep(600)
+"""
+"""A package that ends one rank and lets the other hang."""
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON of a run, in a folder with what was written beside it."""
+    """The JSON of a run, in a folder with what was written beside it. One of the packages to compare with fails."""
     out = tmp_path_factory.mktemp("bench") / "zero.json"
+    peers = tmp_path_factory.mktemp("peers")
+    (peers / "deepspeed.py").write_text(DEEPSPEED)
     quick = ("--device", "cpu", "--model", "tiny", "--rounds", "1", "--iterations", "1")
-    torchrun(2, SCRIPT, *quick, "--only", WAYS, "--out", out, cwd=out.parent)
+    asked = ("--ranks", "2", "--only", f"deepspeed1,{WAYS}", "--peers", peers, "--out", out)
+    run_command(sys.executable, SCRIPT, *quick, *asked, cwd=out.parent)
     return out
 
 
@@ -58,6 +75,13 @@ def test_the_bytes_that_are_sent(rows: dict[str, dict[str, Any]], written: Path)
     assert rows["fully_shard without resharding, torch fused"]["sent_bytes"] == gathered_and_scattered
     least = half * (2 + 2) * n  # gradients and parameters in bfloat16; padding and control messages come on top
     assert least <= rows["fastopt stage 2"]["sent_bytes"] < 1.2 * least
+
+
+def test_a_package_that_ends_a_rank_is_a_note_and_the_rest_is_there(written: Path) -> None:
+    notes = json.loads(written.read_text())["notes"]
+    (note,) = [note for note in notes if note.startswith("deepspeed1")]
+    assert note == "deepspeed1: rank 1 ended with exit code 3, and not all others within 5 s: no such kernel."
+    assert note in written.with_suffix(".md").read_text()
 
 
 def test_tables_and_chart_are_written_beside(written: Path, tmp_path: Path) -> None:
@@ -104,3 +128,44 @@ def test_what_goes_wrong_in_a_package_is_one_line_even_where_it_says_nothing() -
     assert in_a_line(AssertionError()) == "AssertionError"
     assert in_a_line(SystemExit(1)) == "SystemExit: 1"
     assert in_a_line(RuntimeError("\nno such op\nsee there")) == "RuntimeError: no such op"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("pass", None),
+        ("raise SystemExit(1)", "rank 0 ended with exit code 1"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "rank 0 ended with exit code -11"),
+        ("if rank == 1: raise ValueError('no')", "rank 1 ended with exit code 1"),
+        (
+            "if rank == 1: raise ValueError('no')\nimport time; time.sleep(60)",
+            "rank 1 ended with exit code 1, and not all",
+        ),
+        ("import time; time.sleep(60 * rank)", "rank 0 ended with exit code 0, and not all others within 0 s"),
+        ("import subprocess, sys; subprocess.run([sys.executable, '-c', NAP])", "no end within 2 s"),
+    ],
+)
+def test_whatever_ranks_do_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str | None
+) -> None:
+    """Also where what they do does not end: then they, and what they have started, are ended."""
+    (tmp_path / "a_rank.py").write_text(f"import os\nNAP, rank = {NAP!r}, int(os.environ['RANK'])\n{does}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("fastopt.bench.zero.processes.GRACE", 0.3)
+    start = time.monotonic()
+    found = run_ranks(2, "a_rank", [], port=0, seconds=2)
+    assert time.monotonic() - start < 50  # none has slept for a minute
+    assert found is None if said is None else found is not None and found.startswith(said)
+    if "ValueError" in does:
+        assert str(found).endswith("ValueError: no")
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if _reads(p, NAP)]
+
+
+NAP = "import time; time.sleep(59)"
+
+
+def _reads(path: Path, text: str) -> bool:
+    try:
+        return text.encode() in path.read_bytes().split(b"\0")
+    except OSError:
+        return False

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ... import Adam
 from ...distributed import shard
+from ...distributed.cutting import BUCKETS
 from .model import LanguageModel, Size
 
 Iteration = Callable[[], Any]
@@ -102,6 +103,14 @@ def stage_2_groups(s: Setting) -> Iterations:
     groups = [[p] for p in model.parameters()]
     name = f"{OURS}, {len(groups)} groups"
     return {name: _ours(s, shard(_adam(groups), model, stage=2), model, name)[name]}
+
+
+def stage_2_coarse(s: Setting) -> Iterations:
+    """Half as many buckets as by default, each twice as large."""
+    model, name = s.model(), f"{OURS}, half as many buckets"
+    twice = sum(p.numel() * p.element_size() for p in model.parameters()) // (BUCKETS // 2)
+    opt = shard(_adam(model.parameters()), model, stage=2, bucket_bytes=twice)
+    return {name: _ours(s, opt, model, name)[name]}
 
 
 def stage_2_in_backward(s: Setting) -> Iterations:
@@ -293,6 +302,7 @@ def builders(device: torch.device) -> dict[str, Callable[[Setting], Iterations]]
     found: dict[str, Callable[[Setting], Iterations]] = {
         "stage2": stage_2,
         "groups": stage_2_groups,
+        "coarse": stage_2_coarse,
         "in-backward": stage_2_in_backward,
         **({"copies": stage_2_copies, "copies-in-backward": stage_2_copies_in_backward} if on_gpu else {}),
         "float32-sums": stage_2_float32_sums,
