@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from fastopt.bench.values import in_a_line
-from fastopt.bench.zero import trace
+from fastopt.bench.zero import command, rivals, run, trace
 from fastopt.bench.zero.processes import run_ranks
 from tests.commands import ROOT, run_command
 from tests.warm import run_script
@@ -169,3 +171,28 @@ def _reads(path: Path, text: str) -> bool:
         return text.encode() in path.read_bytes().split(b"\0")
     except OSError:
         return False
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_no_row_is_lost_where_not_all_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a", "b", "c")
+    ways = {name: (lambda setting, name=name: {name: lambda: None}) for name in names}
+    references = {"compute only": lambda: None}, {"fastopt stage 2": lambda: None}
+    monkeypatch.setattr(run, "compute_only", lambda setting: references[0])
+    monkeypatch.setattr(run, "stage_2", lambda setting: references[1])
+    monkeypatch.setattr(run, "_fits", lambda device, n: False)
+    monkeypatch.setattr(rivals, "builders", lambda device: ways)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    out = tmp_path / "zero.json"
+    options = ["--ranks", "1", "--device", "cpu", "--model", "tiny", "--rounds", "1", "--only", ",".join(names)]
+    args = command.arguments([*options, "--out", str(out)], None)
+    found = command.measure(args)
+    assert [row.who for row in found.rows] == ["compute only", "fastopt stage 2", *names]
+    assert [row["who"] for row in json.loads(out.read_text())["rows"]] == [row.who for row in found.rows]

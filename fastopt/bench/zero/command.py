@@ -103,15 +103,15 @@ def measure(args: argparse.Namespace) -> Result:
     for names in rivals.stretches(args.only):
         left = args.limit - (time.perf_counter() - start)
         plan = Plan(args.rounds, args.iterations, args.profile, left)
-        before, new = list(result.rows), []
-        for rows in run(setting, {name: builders[name] for name in names}, plan, result.notes):
-            result.rows = list(before)
-            result.take(rows)
-            new = result.rows[len(before) :]
-            if rank == 0 and args.out:
-                results.write(result, args.out)
-        if rank == 0:
-            print("\n".join(map(results.line, new)), flush=True)
+        for together in run(setting, {name: builders[name] for name in names}, plan, result.notes):
+            before = list(result.rows)
+            for rows in together:
+                result.rows = list(before)
+                result.take(rows)
+                if rank == 0 and args.out:
+                    results.write(result, args.out)
+            if rank == 0:
+                print("\n".join(map(results.line, result.rows[len(before) :])), flush=True)
     if rank == 0 and args.out:
         results.write(result, args.out)
     return result

@@ -50,10 +50,11 @@ class Contender:
 
 def run(
     setting: Setting, builders: dict[str, Callable[[Setting], Iterations]], plan: Plan, notes: list[str]
-) -> Iterator[list[Row]]:
-    """The rows of `builders`, as many at a time as fit into memory, beside compute only and our stage 2 each time.
+) -> Iterator[Iterator[list[Row]]]:
+    """The rows of `builders`, as many together as fit into memory, beside compute only and our stage 2 each time.
 
-    Comes with what is known after every turn, so that nothing is lost where a later one goes wrong.
+    The rows of those that are measured together come with what is known after every turn, so that nothing is lost where
+    a later one goes wrong.
     """
     waiting = {name: build for name, build in builders.items() if build is not stage_2}
     start = time.perf_counter()
@@ -77,22 +78,29 @@ def run(
                 contenders += _start(setting, waiting.pop(name))
             except NotImplementedError as error:
                 notes.append(f"{name}: {in_a_line(error)}.")
-        for turn in range(plan.rounds):
-            if turn and late():
-                who = ", ".join(each.who for each in contenders)
-                notes.append(f"Stopped after {plan.limit:.0f} s, after {turn} of {plan.rounds} turns of: {who}.")
-                break
-            for each in contenders:
-                each.times += _turn(setting.device, each.iterate, plan.iterations)
-                each.host.append(_host(setting.device, each.iterate))
-            yield _rows(setting.device, contenders)
-        for each in contenders if plan.profile and setting.device.type == "cuda" else ():
-            if late():
-                break
-            each.kernels = trace.kernels(trace.record(each.iterate, PROFILED, device=True), PROFILED)
-        yield _rows(setting.device, contenders)
-        del contenders, each
+        yield _measured(setting.device, contenders, plan, late, notes)
+        contenders.clear()
         _release(setting.device)
+
+
+def _measured(
+    device: torch.device, contenders: Sequence[Contender], plan: Plan, late: Callable[[], bool], notes: list[str]
+) -> Iterator[list[Row]]:
+    """Let all take turns; the rows as they are after every turn, and after the profiles."""
+    for turn in range(plan.rounds):
+        if turn and late():
+            who = ", ".join(each.who for each in contenders)
+            notes.append(f"Stopped after {plan.limit:.0f} s, after {turn} of {plan.rounds} turns of: {who}.")
+            break
+        for each in contenders:
+            each.times += _turn(device, each.iterate, plan.iterations)
+            each.host.append(_host(device, each.iterate))
+        yield _rows(device, contenders)
+    for each in contenders if plan.profile and device.type == "cuda" else ():
+        if late():
+            break
+        each.kernels = trace.kernels(trace.record(each.iterate, PROFILED, device=True), PROFILED)
+    yield _rows(device, contenders)
 
 
 def _start(setting: Setting, build: Callable[[Setting], Iterations]) -> list[Contender]:
