@@ -153,6 +153,10 @@ class Tables:
         dtype = np.float64 if self.layout.double else np.float32
         self.scalars.put(np.array(scalars, dtype, order="C") if scalars.size else np.zeros((1, 1), dtype))
 
+    def on_device(self, *names: str) -> list[Tensor | None]:
+        """The tables of these names as they lie on the device."""
+        return [getattr(self, name).on_device for name in names]
+
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory for intermediate results, kept from step to step."""
         kept = self._work.get(name)

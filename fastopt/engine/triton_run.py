@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from .blocks import run_blocks
 from .plan import Cohort
 from .program import Program
-from .tables import Table, Tables
+from .tables import Tables
 from .triton_source import BLOCK, WARPS, Layout, source_of
 from .work import Reduce
 
@@ -49,6 +50,8 @@ class Kernels:
         name = f"<fastopt kernels {sha256(source.encode()).hexdigest()[:16]}>"
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         self.functions: dict[str, Any] = {"__name__": "fastopt_kernels"}
+        #: The kernels with their constants that have been compiled, or are about to be.
+        self.compiled: set[tuple[Any, ...]] = set()
         exec(compile(source, name, "exec"), self.functions)
 
 
@@ -64,6 +67,7 @@ class TritonRuns:
     def __init__(self) -> None:
         self._tables: dict[tuple[Program, torch.device, bool], Tables] = {}
         self._captured: list[Program] | None = None
+        self._new = False  # whether there are launches whose kernels are perhaps still to be compiled
 
     def run(self, cohorts: Sequence[Cohort], reduce: Reduce | None = None, launch: bool = True) -> None:
         """Step all parameters of the cohorts in place.
@@ -85,6 +89,9 @@ class TritonRuns:
         device = cohorts[0].params[0].device
         with _on(device):
             launches = [launch for cohort in flat for launch in self._launches(cohort, device)]
+            if self._new:
+                self._new = False
+                _compile((call for launch in launches for call in launch.calls(reduce is None)), device)
             for k in range(max((len(x.program.phases) for x in launches), default=0) if launch else 0):
                 _run_phase(launches, k, reduce)
         if capturing:  # nothing has run; the numbers of the state go on with the replays
@@ -117,6 +124,7 @@ class TritonRuns:
         sizes = np.fromiter((p.numel() for p in cohort.params), np.int64, len(cohort.params))
         rows = np.array(cohort.row_index, np.int32)
         prepared = _Prepared(whole, aligned, version)
+        self._new = True
         for promise in (True, False):
             chosen = np.flatnonzero(aligned == promise)
             if len(chosen):
@@ -140,7 +148,7 @@ class Launch:
         self.kernels, self.tables, self.align = kernels, tables, align
         self.n_tensors, self.n_rows = n_tensors, n_rows
         #: For each kernel the table of scalars that it was launched with, what launches it again, and the arguments.
-        self._known: dict[tuple[Any, ...], tuple[Tensor | None, Callable[..., Any], tuple[int, ...]]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Tensor | None, Callable[..., Any], tuple[Any, ...]]] = {}
         self.program, layout = kernels.program, kernels.layout
         self.compute = torch.float64 if layout.double else torch.float32
         counted = [sum(self.program.nodes[i].op != "count" for i in phase.reductions) for phase in self.program.phases]
@@ -150,39 +158,93 @@ class Launch:
 
     def stage(self, k: int, add: bool, scalars: bool) -> None:
         """Launch what is done per tensor before pass `k`."""
-        if self.kernels.layout.stage(k):
-            t = self.tables
-            tables = (t.addresses, t.sizes, t.rows, t.first_chunk, t.scalars)
-            work = (self.values, self.partials, self.totals)
-            constants = {"ADD": add, "SCALARS": scalars, "WIDE": BLOCK}
-            self._launch(f"stage_{k}", self.n_tensors, tables, work, constants)
+        self._launch(("stage", k, add, scalars))
 
     def sweep(self, k: int) -> None:
         """Launch pass `k`."""
-        t, phase = self.tables, self.program.phases[k]
-        if t.n_chunks and (phase.stores or any(self.program.nodes[i].op != "count" for i in phase.reductions)):
-            tables = (t.addresses, t.sizes, t.rows, t.chunk_tensor, t.chunk_number, t.scalars)
-            constants = {"BLOCK": BLOCK, "ALIGN": self.align}
-            self._launch(f"pass_{k}", t.n_chunks, tables, (self.values, self.partials), constants)
+        self._launch(("pass", k))
 
-    def _launch(
-        self, name: str, programs: int, tables: Sequence[Table], work: Sequence[Tensor], constants: dict[str, int]
-    ) -> None:
+    def calls(self, alone: bool) -> Iterator[_Call]:
+        """All that a step launches; `alone` says that no other processes add to the totals."""
+        phases = self.program.phases
+        for k in range(len(phases)):
+            reducing = k > 0 and bool(phases[k - 1].reductions)
+            if reducing and not alone:
+                yield from self._call("stage", k, True, False)
+            yield from self._call("stage", k, reducing and alone, True)
+            yield from self._call("pass", k)
+
+    def _launch(self, key: tuple[Any, ...]) -> None:
         """Launch a kernel; from the second time on without looking at its arguments, for nothing about them is new."""
-        key = name, *constants.values()
         known = self._known.get(key)
-        if known is not None and known[0] is self.tables.scalars.on_device:
+        if known is None or known[0] is not self.tables.scalars.on_device:
+            launched = [call.launch() for call in self._call(*key)] or [(_nothing, ())]
+            self._known[key] = self.tables.scalars.on_device, *launched[0]
+        else:
             known[1](*known[2])
-            return
-        counts = self.n_tensors, self.n_rows, self.tables.n_chunks
-        pointers: list[Any] = [*(table.on_device for table in tables), *work]
-        compiled = self.kernels.functions[name][(programs,)](
-            *pointers, *counts, **constants, num_warps=WARPS, enable_fp_fusion=False
-        )
-        if _takes(compiled, len(pointers) + len(counts) + len(constants)):
-            # an address is taken as it is, while Triton asks the driver about each tensor
-            arguments = (*(x.data_ptr() for x in pointers), *counts, *constants.values())
-            self._known[key] = self.tables.scalars.on_device, compiled[(programs, 1, 1)], arguments
+
+    def _call(self, kind: str, k: int, add: bool = False, scalars: bool = False) -> Iterator[_Call]:
+        """A stage or pass with its arguments; none if it has nothing to do."""
+        t, phase = self.tables, self.program.phases[k]
+        counts = self.n_tensors, self.n_rows, t.n_chunks
+        if kind == "stage" and self.kernels.layout.stage(k):
+            pointers = [*t.on_device("addresses", "sizes", "rows", "first_chunk", "scalars")]
+            pointers += [self.values, self.partials, self.totals]
+            constants = {"ADD": add, "SCALARS": scalars, "WIDE": BLOCK}
+            yield _Call(self.kernels, f"stage_{k}", self.n_tensors, (*pointers, *counts), constants)
+        reduces = any(self.program.nodes[i].op != "count" for i in phase.reductions)
+        if kind == "pass" and t.n_chunks and (phase.stores or reduces):
+            pointers = [*t.on_device("addresses", "sizes", "rows", "chunk_tensor", "chunk_number", "scalars")]
+            pointers += [self.values, self.partials]
+            constants = {"BLOCK": BLOCK, "ALIGN": self.align}
+            yield _Call(self.kernels, f"pass_{k}", t.n_chunks, (*pointers, *counts), constants)
+
+
+def _nothing() -> None:
+    """What there is to launch for a stage or pass without work."""
+
+
+class _Call(NamedTuple):
+    """A kernel with its number of programs and its arguments."""
+
+    kernels: Kernels
+    name: str
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, int]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Tells apart what has to be compiled for one program."""
+        return self.name, *self.constants.values()
+
+    def launch(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Launch it. Returns what launches it again, with the arguments for that."""
+        launcher = self.kernels.functions[self.name][(self.programs,)]
+        options = {**self.constants, "num_warps": WARPS, "enable_fp_fusion": False}
+        compiled = launcher(*self.arguments, **options)
+        if not _takes(compiled, len(self.arguments) + len(self.constants)):
+            return partial(launcher, **options), self.arguments
+        # an address is taken as it is, while Triton asks the driver about each tensor
+        plain = (x.data_ptr() if isinstance(x, Tensor) else x for x in self.arguments)
+        return compiled[(self.programs, 1, 1)], (*plain, *self.constants.values())
+
+    def compile(self, device: torch.device) -> None:
+        """Compile it for its arguments without launching it."""
+        with _on(device):
+            self.kernels.functions[self.name].warmup(
+                *self.arguments, grid=(self.programs,), **self.constants, num_warps=WARPS, enable_fp_fusion=False
+            )
+
+
+def _compile(calls: Iterable[_Call], device: torch.device) -> None:
+    """Compile the kernels that calls need at the same time: for much of that time Python's lock is free."""
+    new = {(call.kernels, call.key): call for call in calls if call.key not in call.kernels.compiled}
+    for kernels, key in new:
+        kernels.compiled.add(key)
+    if len(new) > 1 and not interpreted():
+        with ThreadPoolExecutor(len(new)) as pool:
+            list(pool.map(partial(_Call.compile, device=device), new.values()))
 
 
 class _Prepared:
