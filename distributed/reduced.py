@@ -13,13 +13,11 @@ A backward pass inside another one (checkpointing with `use_reentrant=True`) bel
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..parts import is_spread, part_of_grad
 from .agreement import Agreement
@@ -27,14 +25,12 @@ from .buckets import Buffers
 from .collectives import Ranks
 from .gradients import sparse
 from .header import Place, Verdict, decode
+from .hooks import call_when_made
 from .in_backward import ALREADY, LAG, STEPS, InBackward
 from .lane import Lane
 from .reductions import Reductions
 from .rounds import Part, Round, inside_another_backward
 from .wire import Wire
-
-# The hook of every parameter: the optimizer that was made last gets its gradients.
-_hooks: Any = WeakTensorKeyDictionary()
 
 
 class ReducedGradients(Reductions):
@@ -72,12 +68,7 @@ class ReducedGradients(Reductions):
         me = weakref.ref(self)
         for i, p in enumerate(self._buffers.params[self._watched :], start=self._watched):
             if p.is_leaf and p.is_floating_point():
-                required = p.requires_grad
-                p.requires_grad_(True)
-                if p in _hooks:
-                    _hooks[p].remove()
-                _hooks[p] = p.register_post_accumulate_grad_hook(_hook(me, i))  # type: ignore[no-untyped-call]
-                p.requires_grad_(required)
+                call_when_made(p, me, i)
         self._watched = len(self._buffers.params)
 
     @contextmanager
@@ -417,14 +408,3 @@ class ReducedGradients(Reductions):
         cleared = self._cleared or self._rounds > 0
         self.consumed()
         self._cleared = cleared
-
-
-def _hook(gradients: weakref.ref[ReducedGradients], param: int) -> Callable[[Tensor], None]:
-    """The hook of one parameter; it does not keep the optimizer alive."""
-
-    def arrived(_: Tensor) -> None:
-        alive = gradients()
-        if alive is not None:
-            alive.arrived(param)
-
-    return arrived
