@@ -312,5 +312,5 @@ class TestCbs:
 def test_a_generator_that_is_used_up() -> None:
     params = iter(tensors((2,)))
     Adam(params)
-    with pytest.raises(ValueError, match="a generator such as .* is used up after the first time"):
+    with pytest.raises(ValueError, match=r"a generator such as .* is used up after the first time"):
         Adam(params)
