@@ -30,7 +30,7 @@ from .planning import plan as make_plan
 @click.option(
     "--model", metavar="MODULE:FUNCTION", help="What returns a model; called with the meta device as the default."
 )
-@click.option("--ranks", type=int, required=True, help="Number of ranks.")
+@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Number of ranks.")
 @click.option("--optimizer", default="Adam", show_default=True, help="A class of fastopt, or of torch.optim.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the parameters; with --params.")
 @click.option("--master-weights", is_flag=True, help="Keep float32 copies of parameters of low precision.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -152,7 +153,15 @@ class _BaseOptimizer(torch.optim.Optimizer):
         for name, values in found.items():
             for i, value in enumerate(values):
                 self._check_hyper(name, value, i)
+            self._warn_of_typo(name)
         return found
+
+    def _warn_of_typo(self, name: str) -> None:
+        """Say so where a new hyper-parameter is spelled nearly like one that is there: new ones are no error."""
+        if self.param_groups and not self._names.known(name, self.param_groups[0]):
+            known = [*self._hyper_view(0), *self.hp_map]
+            for near in difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                warnings.warn(f"{name!r} is a new hyper-parameter, did you mean {near!r}?", stacklevel=5)
 
     def _check_hyper(self, name: str, value: Any, group: int) -> None:
         """Raise if `value` cannot be hyper `name`; the general optimizer takes everything."""

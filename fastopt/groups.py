@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,7 +26,9 @@ def collect_groups(params: Any) -> list[Group]:
         return [{"params": [params]}]
     items = list(_iterable(params, "params"))
     if not items:
-        raise ValueError("the optimizer got no parameters: `params` is empty")
+        used_up = " (a generator such as model.parameters() is used up after the first time)"
+        hint = used_up if isinstance(params, Iterator) else ""
+        raise ValueError(f"the optimizer got no parameters: `params` is empty{hint}")
     if any(_is_group(item) for item in items):
         groups = [_one_group(item, f"group {i}") for i, item in enumerate(items)]
     else:

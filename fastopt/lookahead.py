@@ -36,7 +36,12 @@ class Lookahead(AroundChain):
             opt = OptimWrapper(opt)
         if not isinstance(opt, Optimizer):
             hint = ": shard the Lookahead, not what is in it" if isinstance(opt, _BaseOptimizer) else ""
-            raise TypeError(f"Lookahead needs an optimizer with a chain of callbacks, got a {type(opt).__name__}{hint}")
+            got = (
+                f"the class {opt.__name__}: build it first"
+                if isinstance(opt, type)
+                else f"a {type(opt).__name__}{hint}"
+            )
+            raise TypeError(f"Lookahead needs an optimizer with a chain of callbacks, got {got}")
         if lookahead_step in opt.cbs:
             raise ValueError("this optimizer already is a Lookahead: two of them would share one set of slow weights")
         n_groups = len(opt.param_groups)

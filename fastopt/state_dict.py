@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
-from .engine.describe import attribute
+from .engine.describe import attribute, keywords
 from .engine.master import MASTER
 from .hypers import Group, same_tensor_everywhere
 from .parts import shown_state
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .optimizer import Optimizer
 
 _MEMBERS = ("params", "param_names")
+
+#: States of torch's optimizers, with those that are their like here.
+_TORCHS = {"exp_avg": "grad_avg", "exp_avg_sq": "sqr_avg", "square_avg": "sqr_avg", "momentum_buffer": "grad_avg"}
 
 
 def make_state_dict(opt: Optimizer) -> dict[str, Any]:
@@ -129,6 +132,8 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
     members = [(i, j, p) for i, group in enumerate(opt.param_groups) for j, p in enumerate(group["params"])]
     where = {id(p): f"params[{j}] of group {i}" for i, j, p in members}
     group_of = {id(p): opt.param_groups[i] for i, _, p in members}
+    asked = {name for cb in opt.cbs for name in keywords(cb)}
+    foreign = {theirs for theirs, ours in _TORCHS.items() if ours in asked and theirs not in asked}
     shaped = {MASTER, *(name for cb in opt.cbs for name in attribute(cb, "like_param", ()))}
     state = ParamState.of((p, marks) for p, entry in opt.state.items() if (marks := flags_of(entry)))
     if not isinstance(saved, Mapping):
@@ -140,6 +145,11 @@ def _loaded_state(opt: Optimizer, saved: Mapping[Any, Mapping[str, Any]], params
             raise ValueError(f"the state of parameter {id_!r} is a {type(entry).__name__}, expected a dict")
         p = params[id_]
         for key, value in entry.items():
+            if key in foreign:
+                raise ValueError(
+                    f"the state {key!r} of parameter {id_!r} is that of a torch optimizer, {type(opt).__name__} has "
+                    f"{_TORCHS[key]!r}: begin with a new state, or keep torch's optimizer in fastopt.OptimWrapper"
+                )
             if key in shaped and isinstance(value, Tensor) and value.shape != p.shape:
                 raise ValueError(
                     f"{key!r} of parameter {id_!r} has shape {tuple(value.shape)} in the state dict, but "

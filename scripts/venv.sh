@@ -70,11 +70,12 @@ install() {
     printf 'Bringing %s up to date.\n' "${venv##*/}" >&2
     printf 'unfinished\n' >"$stamp"
   fi
-  # What pip says matters only when it fails: many of its warnings are about this machine and not about us.
-  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --quiet --no-input \
+  # What pip says matters only when it fails: many of its warnings are about this machine and not about us. The end of
+  # it has the reason, which --quiet would leave out where versions conflict.
+  PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --progress-bar off --no-input \
     "${packages[@]}" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
   if ((code)); then
-    cat "$log" >&2
+    tail -n 30 "$log" >&2
     # A pip that was killed may leave half of a package behind, one that gave up does not.
     ((code > 128)) || printf 'failed\n' >"$stamp"
     fail 'pip could not install fastopt and what it needs; its messages are above.'

@@ -14,6 +14,7 @@ from fastopt import Adam
 from fastopt.checkpoint import Checkpointer
 from fastopt.distributed import shard
 
+folder = sys.argv[1] if len(sys.argv) > 1 else "run"  # or any URL: s3://bucket/run
 dist.init_process_group()  # NCCL between GPUs, Gloo between CPUs
 device = torch.device("cpu")
 if torch.cuda.is_available():
@@ -22,7 +23,7 @@ if torch.cuda.is_available():
 
 model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 1)).to(device)
 opt = shard(Adam(model.parameters(), lr=1e-2), model)  # no DistributedDataParallel around the model
-with Checkpointer(sys.argv[1], keep_last=2) as checkpoints:
+with Checkpointer(folder, keep_last=2) as checkpoints:
     found = checkpoints.load(model=model, opt=opt)  # None where there is none yet
     first = found.step + 1 if found else 1
     for step in range(first, first + 10):

@@ -28,16 +28,7 @@ COMMANDS = {
 
 
 class Commands(click.Group):
-    """A group whose commands are those of COMMANDS."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Their names."""
-        return sorted(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """What help and completion show of a command: its name and short help."""
-        place = COMMANDS.get(cmd_name)
-        return None if place is None else click.Command(cmd_name, short_help=place.short)
+    """A group whose commands are names and short helps, which help and completion show, until one of them runs."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -50,7 +41,11 @@ class Commands(click.Group):
         return name, command if isinstance(command, click.Command) else None, rest
 
 
-@click.command(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=Commands,
+    commands=[click.Command(name, short_help=place.short) for name, place in COMMANDS.items()],
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(__version__, message="%(version)s")
 def main() -> None:
     """fastopt: optimizers, sharding and checkpoints for PyTorch.

@@ -231,7 +231,7 @@ def test_the_owner_in_the_picture_is_the_owner_in_the_layout() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--params", "1e6", "--ranks", "0"], "world_size=0"),
+        (["--params", "1e6", "--ranks", "0"], "0 is not in the range"),
         (["--params", "3", "--ranks", "2"], "at least 1e4"),
         (["--params", "1e6", "--ranks", "2", "--dtype", "nn"], "--dtype nn"),
         (["--params", "1e6", "--ranks", "2", "--optimizer", "Nadamax"], "--optimizer Nadamax"),

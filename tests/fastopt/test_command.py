@@ -8,6 +8,7 @@ from importlib import import_module
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 import fastopt
@@ -62,7 +63,9 @@ def test_help_completion_and_version_do_not_import_torch() -> None:
     ("arguments", "says"),
     [
         (("frobnicate",), "No such command 'frobnicate'"),
+        (("chekpoint", "ls"), "Did you mean 'checkpoint'?"),
         (("plan", "--ranks", "2"), "--params or --model"),
+        (("plan", "--params", "7e9", "--ranks", "0"), "'--ranks': 0 is not in the range x>=1"),
         (("bench", "frobnicate"), "No such command 'frobnicate'"),
         (("bench", "step", "--models", "huge"), "'huge' is none of llama-1.3b"),
         (("bench", "step", "--chart", "nowhere.json", "-o", "x.svg"), "nowhere.json"),
@@ -80,6 +83,13 @@ def test_a_mistake_is_answered_by_a_sentence(arguments: tuple[str, ...], says: s
     assert code == 2
     assert says in text.splitlines()[-1]
     assert "Traceback" not in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.parametrize("what", ["step", "checkpoint"])
+def test_a_benchmark_without_the_gpu_that_it_is_told_to_use(what: str) -> None:
+    code, text = called("bench", what, "--device", "cuda")
+    assert (code, text.splitlines()[-1][-37:]) == (2, "--device cuda: here is no CUDA device")
 
 
 def test_all_names_of_the_package_are_there_and_others_are_not() -> None:

@@ -307,3 +307,10 @@ class TestCbs:
     def test_train_bn_is_kept(self) -> None:
         assert Optimizer([A], sgd_step, lr=0.1).train_bn is True
         assert Optimizer([A], sgd_step, False, lr=0.1).train_bn is False
+
+
+def test_a_generator_that_is_used_up() -> None:
+    params = iter(tensors((2,)))
+    Adam(params)
+    with pytest.raises(ValueError, match=r"a generator such as .* is used up after the first time"):
+        Adam(params)

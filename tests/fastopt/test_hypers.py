@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -411,3 +412,16 @@ def test_set_item() -> None:
     for wrong in ("betas__2", "nothing__0", "betas__x"):
         with pytest.raises(KeyError, match=wrong):
             set_item_pg(group, wrong, 1.0)
+
+
+def test_a_new_name_that_is_nearly_another_is_said_to_be_one() -> None:
+    """New names are no error, because schedules set hypers that an optimizer may lack."""
+    opt = three_groups()
+    with pytest.warns(UserWarning, match="'weight_deca' is a new hyper-parameter, did you mean 'weight_decay'"):
+        opt.set_hyper("weight_deca", 0.1)
+    assert opt.hypers[0]["weight_deca"] == 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.set_hyper("weight_decay", 0.1)
+        opt.set_hyper("nu", 0.1)
+        opt.set_hyper("weight_deca", 0.2)

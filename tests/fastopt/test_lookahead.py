@@ -187,3 +187,8 @@ def test_ranger_takes_both_spellings(ours: dict[str, Any]) -> None:
         "mom": 0.4,
         "sqr_mom": 0.6,
     }
+
+
+def test_around_a_class() -> None:
+    with pytest.raises(TypeError, match="got the class Adam: build it first"):
+        Lookahead(Adam)  # type: ignore[arg-type]

@@ -394,3 +394,23 @@ class TestHooks:
     def test_by_keyword(self, case: Case) -> None:
         opt = case(tensors((2,)))
         opt.load_state_dict(state_dict=opt.state_dict())
+
+
+def test_the_state_of_a_torch_optimizer_is_not_taken_for_ours() -> None:
+    """It would lie beside empty averages, whose bias is corrected for more steps than they have seen."""
+    params = tensors((2,), requires_grad=True)
+    params[0].grad = torch.ones(2)
+    theirs, ours = torch.optim.AdamW(params), Adam(params)
+    theirs.step()
+    ours.step()
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match="'exp_avg' of parameter 0 is that of a torch optimizer, Adam has 'grad_avg'"):
+        ours.load_state_dict(theirs.state_dict())
+    assert snapshot(ours) == before
+
+    def own_chain(p: Tensor, lr: float, grad_avg: Any = None, exp_avg: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        return {"exp_avg": torch.ones_like(p)}
+
+    asks_for_it = Optimizer(params, own_chain, lr=0.1)
+    asks_for_it.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(asks_for_it.state[params[0]]["exp_avg"], theirs.state[params[0]]["exp_avg"])

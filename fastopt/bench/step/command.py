@@ -73,6 +73,8 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     for name, known in (("models", MODELS), ("rules", rivals.RULES)):
         if unknown := [value for value in getattr(args, name) if value not in known]:
             parser.error(f"--{name}: {unknown[0]!r} is none of {', '.join(known)}")
+    if args.device == "cuda" and not args.chart and not torch.cuda.is_available():
+        parser.error("--device cuda: here is no CUDA device")
     if args.chart and not args.out:
         parser.error("--chart needs -o FILE.svg")
     if args.chart:
