@@ -107,25 +107,6 @@ class Wire:
         tail = (None,) if self.header else ()
         return enumerate(run for part in self.parts for run in (*part, *tail))
 
-    @cached_property
-    def _held(self) -> dict[int, dict[int, tuple[int, int]]]:
-        return {}
-
-    def held(self, rank: int) -> dict[int, tuple[int, int]]:
-        """Where in the part of `rank` its elements of each parameter lie: start and stop."""
-        if rank not in self._held:
-            self._held[rank] = self._places(rank)
-        return self._held[rank]
-
-    def _places(self, rank: int) -> dict[int, tuple[int, int]]:
-        found = dict.fromkeys(self.params, (0, 0))
-        at = 0
-        for run in self.parts[rank]:
-            if run.param is not None:
-                found[run.param] = (at, at + run.count)
-            at += run.count
-        return found
-
 
 def wire_of(bucket: Bucket, active: Set[int], extra: int | None = None) -> Wire | None:
     """The wire of `bucket` that moves the parameters `active`; None if it has none of them.
