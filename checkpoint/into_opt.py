@@ -20,6 +20,9 @@ from .reading import Wanted
 from .records import Manifest, state_key
 from .values import decode
 
+#: Entries of a group that a checkpoint may lack: its members, and where counts are kept.
+_NOT_NEEDED = PARAMS_ONLY | {"capturable"}
+
 
 class OptTarget:
     """An optimizer's groups, hyper-parameters and states. See [Note: copies or in place].
@@ -77,7 +80,7 @@ class OptTarget:
         self.match = match_groups(self.names, part.groups)
         if problems and self.strict:
             return problems
-        needed = [key for key in self.opt.defaults if key not in PARAMS_ONLY]
+        needed = [key for key in self.opt.defaults if key not in _NOT_NEEDED]
         lacking = missing_options(self.match, needed, self.opt.param_groups)
         problems += self.match.problems
         problems += listed("hyper-parameters missing in the checkpoint (of another optimizer?)", lacking)

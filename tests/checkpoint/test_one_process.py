@@ -362,3 +362,30 @@ def test_the_files_explain_themselves(tmp_path: Path) -> None:
     with safe_open(states, "pt") as opened:
         assert torch.equal(opened.get_tensor("state/grad_avg/narrow"), opt.state[model.narrow]["grad_avg"])
     assert latest(tmp_path) is not None
+
+
+def test_counts_on_the_host_go_on_on_the_device_and_back(tmp_path: Path) -> None:
+    """`capturable` says where counts are, and not what steps do: an optimizer of either kind takes both checkpoints."""
+
+    def job(capturable: bool) -> tuple[nn.Linear, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        return model, ranger(model.named_parameters(), lr=0.1, capturable=capturable)
+
+    def steps(model: nn.Linear, opt: Any, numbers: range) -> None:
+        for number in numbers:
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
+            opt.step()
+
+    for first in (False, True):
+        model, opt = job(first)
+        steps(model, opt, range(4))
+        save(tmp_path / str(first), step=4, model=model, opt=opt)
+        steps(model, opt, range(4, 9))
+        for second in (False, True):
+            other, resumed = job(second)
+            load(tmp_path / str(first), model=other, opt=resumed)
+            steps(other, resumed, range(4, 9))
+            torch.testing.assert_close(other.weight, model.weight, rtol=1e-5, atol=1e-6)
+            assert resumed.state[other.weight]["step"] == resumed.state[other.weight]["count"] == 9
