@@ -23,7 +23,6 @@ from .errors import CheckpointError
 # Pages count as this process's memory as long as they are mapped, hence one window at a time.
 
 WINDOW = 4 << 20
-_STRETCH = 16 << 20  # bytes written at once
 _VIEWS = 1024  # that one system call takes
 _PROBED = 1 << 20  # bytes between two looks into the page cache
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
@@ -73,13 +72,13 @@ def cached(path: str, handle: int, start: int, stop: int) -> Cached | None:
     return Cached(path, memory, start, stop)
 
 
-def stretches(chunks: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]]:
-    """The chunks in lists, each of which fills the file up to a multiple of _STRETCH.
+def stretches(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[list[memoryview]]:
+    """The chunks in lists for one system call each, which ends at a multiple of `size` bytes.
 
-    The page cache then holds the file in large pieces, which makes both writing and mapping it cheaper.
+    What is written in large ones lies in the page cache in large pieces, which makes writing and mapping it cheaper.
     """
     stretch: list[memoryview] = []
-    room = _STRETCH
+    room = size
     for chunk in chunks:
         view = memoryview(chunk)
         while view:
@@ -88,6 +87,6 @@ def stretches(chunks: Iterable[bytes | memoryview]) -> Iterator[list[memoryview]
             room -= len(stretch[-1])
             if not room or len(stretch) == _VIEWS:
                 yield stretch
-                stretch, room = [], room or _STRETCH
+                stretch, room = [], room or size
     if stretch:
         yield stretch

@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 _COMPARED = 16 << 20  # bytes read at once when an object is compared
+_STRETCH = 16 << 20  # bytes written at once
+_IN_CACHE = 256 << 10  # bytes read at once: a processor's second-level cache still has them when they are looked at
 
 
 class Storage(Protocol):
@@ -55,14 +57,12 @@ class Storage(Protocol):
     ) -> None:
         """Fill the `targets`, one after the other, with the bytes of the file from `start` on, in one request.
 
-        `each` is called with every target when it is full, in their order, soon enough to find it in the cache.
+        `each` is called with all of these bytes where they now are, in their order and a piece at a time, while a
+        processor's cache still has them.
         """
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """These bytes of the file where they can be looked at without being read, else None."""
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """Differs once the file has been changed or replaced; None where the storage cannot tell."""
 
     def read_all(self, path: str) -> bytes:
         """The whole of a file."""
@@ -133,7 +133,7 @@ class LocalStorage:
         handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
-                for stretch in stretches(chunks):
+                for stretch in stretches(chunks, _STRETCH):
                     _write(handle, stretch)
                 os.fsync(handle)
             finally:
@@ -167,25 +167,18 @@ class LocalStorage:
         """See Storage; straight into the targets, without a copy."""
         with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
-            for target in targets:
-                left = target
-                while left:
-                    got = file.readinto(left)
-                    if not got:
-                        raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {len(left)} more")
-                    left = left[got:]
+            for views in stretches(targets, _IN_CACHE):
+                left = _read(file.fileno(), views)
+                if left:
+                    raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {left} more")
                 if each is not None:
-                    each(target)
+                    for view in views:
+                        each(view)
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: those in the page cache."""
         with open(self.root / path, "rb", buffering=0) as file:
             return cached(str(self.root / path), file.fileno(), start, stop)
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """See Storage: inode, size, and when content and inode were changed."""
-        found = (self.root / path).stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""
@@ -222,14 +215,31 @@ def _damage(place: Path) -> Iterator[None]:
         raise CheckpointError(f"{place} is damaged: the disk cannot read it") from error
 
 
+def _read(handle: int, views: list[memoryview]) -> int:
+    """Fill the views; how many bytes the file lacks for that."""
+    left = sum(map(len, views))
+    while left:
+        done = os.readv(handle, views)
+        if not done:
+            break
+        left -= done
+        if left:
+            views = _rest(views, done)
+    return left
+
+
 def _write(handle: int, views: list[memoryview]) -> None:
     while views:
-        done = os.writev(handle, views)
-        while views and done >= len(views[0]):
-            done -= len(views[0])
-            views = views[1:]
-        if done:
-            views = [views[0][done:], *views[1:]]
+        views = _rest(views, os.writev(handle, views))
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """The views without their first `done` bytes."""
+    for number, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[number + 1 :]]
+        done -= len(view)
+    return []
 
 
 def _sync(folder: Path) -> None:
@@ -341,18 +351,15 @@ class RemoteStorage:
         if len(data) != size:
             raise CheckpointError(f"{self.url}/{path} gave {len(data)} of the {size} bytes at {start}")
         at = 0
-        for target in targets:
-            target[:] = data[at : at + len(target)]
-            at += len(target)
-            if each is not None:
-                each(target)
+        for views in stretches(targets, _IN_CACHE):
+            for view in views:
+                view[:] = data[at : at + len(view)]
+                at += len(view)
+                if each is not None:
+                    each(view)
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: none are here."""
-        return None
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """See Storage."""
         return None
 
     def read_all(self, path: str) -> bytes:

@@ -29,7 +29,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.shape):
             raise ValueError(f"a box needs one offset per dimension, got offset {self.offset} and shape {self.shape}")
-        if any(n < 0 for n in (*self.offset, *self.shape)):
+        if min((*self.offset, *self.shape), default=0) < 0:
             raise ValueError(f"a box has no negative numbers, got offset {self.offset} and shape {self.shape}")
 
     @classmethod

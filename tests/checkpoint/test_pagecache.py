@@ -38,10 +38,9 @@ def test_any_range_is_seen_in_windows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_chunks_are_written_in_stretches_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pagecache, "_STRETCH", 10)
     monkeypatch.setattr(pagecache, "_VIEWS", 3)
     chunks = [b"abc", b"", b"defghijklmnopqrstuvwxyz", b"01", b"2", b"3", b"4"]
-    found = [b"".join(views) for views in stretches(chunks)]
+    found = [b"".join(views) for views in stretches(chunks, 10)]
     assert b"".join(found) == b"".join(chunks)
     assert [len(each) for each in found] == [10, 10, 9, 1, 1]
 
