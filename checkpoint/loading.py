@@ -5,10 +5,8 @@ See [Note: all or nothing] and, in into.py, [Note: copies or in place].
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +17,16 @@ import torch.distributed as dist
 from torch import nn
 
 from ..pieces import Box
-from . import catalog, rng
+from . import rng
 from .coverage import Coverage
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError
+from .finding import Search, damage_of
 from .into import ModelTarget, ValuesTarget
 from .into_opt import OptTarget
-from .manifest import from_bytes
 from .peers import Peers
 from .reading import Reader, Wanted, processors
-from .records import MANIFEST, Manifest, rng_key, step_folder
-from .storage import LocalStorage, Storage, open_storage
+from .records import Manifest, rng_key, step_folder
+from .storage import LocalStorage, Storage
 from .values import Json
 from .verifying import note_sound
 
@@ -42,7 +40,6 @@ from .verifying import note_sound
 # before, which overwrites all of it again, or raises. The same happens where a file goes bad between being verified
 # and being read.
 
-_log = logging.getLogger("fastopt.checkpoint")
 _SPOILT = "what is in memory is partly overwritten and must not be trained on, load it again"
 
 
@@ -139,85 +136,31 @@ def load(
         raise ValueError("check='during' overwrites live tensors, so it is for strict loads: use check='before'")
     peers = Peers(group)
     live = _Live(model, opt, scheduler, scaler, loader, rng, strict, cast)
-    storage, ranks_here = _open(peers, url, step)
-    skipped: list[str] = []
-    below: int | None = None
-    parsed: dict[int, Manifest] = {}
+    search = Search(peers, url, step, on_corrupt)
     spoilt = False
     while True:
         try:
-            number, data, passed = peers.on_first(
-                "looking for the checkpoint", partial(_find, storage, step, below, skipped, on_corrupt, parsed)
-            )
-            skipped += passed
-            work = _Load(peers, storage, parsed.get(number) or from_bytes(data), live)
-            peers.agree("comparing the checkpoint with what it is loaded into", work.prepare)
-            work.choose(check, staging, ranks_here)
-            damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
+            search.next()
+            work = _Load(peers, live)
+            told = peers.agree("comparing the checkpoint with what it is loaded into", partial(work.prepare, search))
+            damage = next((text for text, _ in told if text is not None), None)
+            read_something = damage is None
+            if damage is None:
+                work.choose(check, staging, [node for _, node in told].count(platform.node()))
+                damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
             if damage is None:
                 work.commit()
                 spoilt = True
-                damage = work.finish(data)
+                damage = work.finish(search.data)
             if damage is None:
-                break
-            if step is not None or on_corrupt == "raise" or (spoilt and not strict):
+                return work.result(search.warn())
+            if spoilt and not strict:
                 raise CheckpointError(damage)
+            search.pass_over(damage, note=read_something)
         except CheckpointError as error:
             if spoilt:
                 raise CheckpointError(f"{_SPOILT}: {error}") from error
             raise
-        skipped.append(damage)
-        below = number
-        if peers.rank == 0:
-            catalog.note_damage(storage, number, data, damage)
-    for reason in skipped:
-        _log.warning("rank %d: loading step %d instead of a newer one: %s", peers.rank, number, reason)
-    return work.result(tuple(skipped))
-
-
-def _open(peers: Peers, url: str | os.PathLike[str], step: int | None) -> tuple[Storage, int]:
-    """The storage, and how many of the ranks run on this machine."""
-    opened: list[Storage] = []
-
-    def open_it() -> tuple[str, int | None, str]:
-        opened.append(open_storage(url))
-        return opened[0].url, step, platform.node()
-
-    told = peers.agree("opening the storage", open_it)
-    for rank, (place, number, _) in enumerate(told):
-        if (place, number) != told[0][:2]:
-            raise CheckpointError(
-                f"ranks disagree on what to load: {told[0][:2]} on rank 0, {(place, number)} on rank {rank}"
-            )
-    return opened[0], sum(node == platform.node() for _, _, node in told)
-
-
-def _find(
-    storage: Storage,
-    step: int | None,
-    below: int | None,
-    skipped: Sequence[str],
-    on_corrupt: str,
-    parsed: dict[int, Manifest],
-) -> tuple[int, bytes, list[str]]:
-    """The step to load, its manifest, and why newer ones (under `below`) are passed over. On rank 0, which keeps the
-    manifest in `parsed`."""
-    if step is not None:
-        parsed[step], data = catalog.inspect(storage, step)
-        return step, data, []
-    passed: list[str] = []
-    for number in catalog.step_numbers(storage):
-        if below is not None and number >= below:
-            continue
-        found = catalog.look(storage, number)
-        found.refuse_newer()
-        if found.complete:
-            parsed[number] = found.raise_problem()
-            return number, found.data, passed
-        passed.append(str(found.problem))
-        if on_corrupt == "raise" and MANIFEST in found.sizes:  # one without was never completed
-            raise CheckpointError(passed[-1])
-    raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *skipped, *passed][:6]))
 
 
 @dataclass(frozen=True)
@@ -243,13 +186,16 @@ class _Load:
     fresh: Reader
     again: Reader
 
-    def __init__(self, peers: Peers, storage: Storage, manifest: Manifest, live: _Live) -> None:
-        self.peers, self.storage, self.manifest, self.live = peers, storage, manifest, live
+    storage: Storage
+    manifest: Manifest
+    coverage: Coverage
+
+    def __init__(self, peers: Peers, live: _Live) -> None:
+        self.peers, self.live = peers, live
         self.opt: OptTarget | None = None
         self.model: ModelTarget | None = None
         self.values: list[ValuesTarget] = []
         self.generators: dict[str, Wanted] = {}
-        self.coverage = Coverage(manifest)
         self.done: list[OptTarget | ValuesTarget] = []
         self.verify_first = True
 
@@ -262,8 +208,22 @@ class _Load:
     def _tensors(self) -> list[OptTarget | ModelTarget]:
         return [target for target in (self.opt, self.model) if target is not None]
 
-    def prepare(self) -> None:
-        """Compare the manifest with the live objects; CheckpointError that lists all that does not fit."""
+    def prepare(self, search: Search) -> tuple[str | None, str]:
+        """Compare the manifest with the live objects; CheckpointError that lists all that does not fit.
+
+        Returns what is wrong with the checkpoint itself, and the name of this machine.
+        """
+        self.storage = search.storage
+        damage = damage_of(partial(self._parse, search))
+        if damage is None:
+            self._match()
+        return damage, platform.node()
+
+    def _parse(self, search: Search) -> None:
+        self.manifest = search.manifest()
+        self.coverage = Coverage(self.manifest)
+
+    def _match(self) -> None:
         live, manifest, strict = self.live, self.manifest, self.live.strict
         homes: list[int | None] = []
         if live.opt is not None:
@@ -326,7 +286,7 @@ class _Load:
             if self.verify_first:
                 self.again.verify(self.coverage)
 
-        damage = _damage_of(both)
+        damage = damage_of(both)
         if damage is None:
             rng.check(self._generator_states())
         return damage
@@ -376,7 +336,7 @@ class _Load:
     def _finish(self) -> tuple[str | None, bytes]:
         if self.opt is not None:
             self.opt.aim()
-        damage = _damage_of(partial(self.again.read, self.coverage))
+        damage = damage_of(partial(self.again.read, self.coverage))
         if damage is None:
             if self.model is not None:
                 self.model.finish()
@@ -389,17 +349,6 @@ class _Load:
         """What was loaded."""
         m = self.manifest
         return Checkpoint(m.step, self.place, m.created, m.world_size, m.extra, tuple(self.problems), skipped)
-
-
-def _damage_of(work: Callable[[], None]) -> str | None:
-    """The text of an error of `work` that is the checkpoint's fault, None where there is none."""
-    try:
-        work()
-    except StorageError:
-        raise
-    except (CheckpointError, FileNotFoundError) as error:
-        return str(error)
-    return None
 
 
 def _free_memory() -> int:

@@ -38,7 +38,7 @@ from .records import (
 from .shards import Column, Shards
 from .values import Json, decode
 
-__all__ = ["FILE_NAME", "MANIFEST", "Manifest", "canonical", "from_bytes", "place", "to_bytes"]
+__all__ = ["FILE_NAME", "MANIFEST", "Manifest", "canonical", "check_digest", "from_bytes", "place", "to_bytes"]
 
 FORMAT = "fastopt-checkpoint"
 VERSION = 1
@@ -134,15 +134,20 @@ def _one_after_the_other(file: Column, nbytes: Column, start: Column) -> tuple[C
     return at, totals + shift
 
 
-def from_bytes(data: bytes) -> Manifest:
-    """Parse and check. Raises CheckpointError that says what is wrong."""
+def check_digest(data: bytes) -> None:
+    """Raise CheckpointError unless these bytes begin like a manifest and have the digest that they name."""
     if not data.startswith(_HEAD) or data[_BODY - len(_HEAD_END) : _BODY] != _HEAD_END:
         raise CheckpointError("it does not begin like a manifest of fastopt")
-    body = data[_BODY:]
-    if data[len(_HEAD) : len(_HEAD) + 16] != xxhash.xxh3_64_hexdigest(body).encode():
+    digest = data[len(_HEAD) : len(_HEAD) + 16]
+    if digest != xxhash.xxh3_64_hexdigest(memoryview(data)[_BODY:]).encode():
         raise CheckpointError("its digest is not that of its content: it was damaged or edited")
+
+
+def from_bytes(data: bytes) -> Manifest:
+    """Parse and check. Raises CheckpointError that says what is wrong."""
+    check_digest(data)
     try:
-        tree = json.loads(b"{" + body, object_pairs_hook=_unique, parse_constant=_no_constant)
+        tree = json.loads(b"{" + data[_BODY:], object_pairs_hook=_unique, parse_constant=_no_constant)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:

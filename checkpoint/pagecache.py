@@ -54,20 +54,27 @@ class Cached:
             self._memory.madvise(mmap.MADV_DONTNEED, first, stop - first)
 
 
-def cached(path: str, handle: int, start: int, stop: int) -> Cached | None:
-    """Bytes `start` to `stop` of the open file `handle`; None where they cannot be had without a copy or a disk."""
+def in_page_cache(handle: int, start: int, stop: int) -> bool:
+    """Whether bytes of the open file `handle` are in the page cache, as far as a look at some of them tells."""
     if not _NOWAIT or start >= stop:
-        return None
+        return False
     byte = bytearray(1)
     try:
-        for at in (*range(start, stop, _PROBED), stop - 1):
-            if os.preadv(handle, [byte], at, _NOWAIT) != 1:
-                return None
+        return all(os.preadv(handle, [byte], at, _NOWAIT) == 1 for at in (*range(start, stop, _PROBED), stop - 1))
+    except OSError:  # it would have to wait; a system or filesystem that does not know of this
+        return False
+
+
+def cached(path: str, handle: int, start: int, stop: int) -> Cached | None:
+    """Bytes `start` to `stop` of the open file `handle`; None where they cannot be had without a copy or a disk."""
+    if not in_page_cache(handle, start, stop):
+        return None
+    try:
         base = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         # a private mapping may be written to, which nobody does; torch wants none that may not
         memory = mmap.mmap(handle, stop - base, access=mmap.ACCESS_COPY, offset=base)
         memory.madvise(_POPULATE_READ, 0, mmap.PAGESIZE)
-    except (OSError, ValueError):  # it would have to wait; a system or filesystem that does not know of this
+    except (OSError, ValueError):
         return None
     return Cached(path, memory, start, stop)
 
@@ -90,3 +97,31 @@ def stretches(chunks: Iterable[bytes | memoryview], size: int) -> Iterator[list[
                 stretch, room = [], room or size
     if stretch:
         yield stretch
+
+
+def fill(handle: int, views: list[memoryview]) -> int:
+    """Fill the views from where the open file `handle` is; the number of bytes that it lacks for that."""
+    left = sum(map(len, views))
+    while left:
+        done = os.readv(handle, views)
+        if not done:
+            break
+        left -= done
+        if left:
+            views = _rest(views, done)
+    return left
+
+
+def write(handle: int, views: list[memoryview]) -> None:
+    """Write all of the views to the open file `handle`."""
+    while views:
+        views = _rest(views, os.writev(handle, views))
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """The views without their first `done` bytes."""
+    for number, view in enumerate(views):
+        if done < len(view):
+            return [view[done:], *views[number + 1 :]]
+        done -= len(view)
+    return []

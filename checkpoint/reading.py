@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from threading import BoundedSemaphore
+from threading import Event
 
 import torch
 import xxhash
@@ -67,7 +67,7 @@ class Reader:
                 self.targets.append((want, number))
         ends = [(file.header, file.bytes) for file in manifest.files]
         self.reads = reads(uses, ends, manifest.block)
-        self._processors = BoundedSemaphore(workers or processors())
+        self._workers = workers or processors()
 
     def read(self, coverage: Coverage | None = None) -> None:
         """Fill the buffers, those that are given or new ones, and check every byte on the way.
@@ -90,15 +90,30 @@ class Reader:
             coverage.add(self.reads)
 
     def _run(self, work: Callable[[Read], None]) -> None:
-        """All requests; the first error ends it."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            futures = [pool.submit(work, request) for request in self.reads]
+        """All requests; the first error ends it. What needs nothing but processors is done by as many as there are."""
+        here = [request for request in self.reads if self._in_memory(request)]
+        rest = [request for request in self.reads if request not in here] if len(here) < len(self.reads) else []
+        lanes = [here[lane :: self._workers] for lane in range(self._workers)]
+        ended = Event()
+
+        def one_lane(lane: Sequence[Read]) -> None:
+            for request in lane:
+                if not ended.is_set():
+                    work(request)
+
+        with ThreadPoolExecutor(_AT_ONCE + self._workers) as pool:
             try:
+                futures = [pool.submit(one_lane, lane) for lane in (*lanes[1:], *([r] for r in rest)) if lane]
+                one_lane(lanes[0])
                 for done in futures:
                     done.result()
             except BaseException:
+                ended.set()
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def _in_memory(self, request: Read) -> bool:
+        return self.storage.in_memory(self.manifest.files[request.file].path, request.start, request.stop)
 
     def _check(self, request: Read) -> None:
         """Look at the bytes, and keep none."""
@@ -106,9 +121,8 @@ class Reader:
         path = self.manifest.files[request.file].path
         cached = self.storage.cached(path, request.start, request.stop)
         if cached is not None:
-            with self._processors:
-                for window in cached.windows():
-                    check(memory(window))
+            for window in cached.windows():
+                check(memory(window))
         else:
             scratch = memory(torch.empty(min(request.stop - request.start, _SCRATCH), dtype=torch.uint8))
             for start in range(request.start, request.stop, len(scratch)):
@@ -116,16 +130,8 @@ class Reader:
         check.finish()
 
     def _read(self, request: Read) -> None:
-        """Read, verify, and put the elements where they belong."""
+        """Straight from the storage to where the bytes belong, where these are places of their own; and verify them."""
         path = self.manifest.files[request.file].path
-        if self.storage.cached(path, request.start, request.stop) is None:
-            self._read_into(path, request)
-        else:
-            with self._processors:
-                self._read_into(path, request)
-
-    def _read_into(self, path: str, request: Read) -> None:
-        """Straight from the storage to where the bytes belong, where these are places of their own."""
         views: list[memoryview] = []
         later: list[tuple[Use, int, int, Tensor]] = []
         at = request.start

@@ -21,7 +21,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import CheckpointError, StorageError
-from .pagecache import Cached, cached, stretches
+from .pagecache import Cached, cached, fill, in_page_cache, stretches, write
 from .retries import retry
 
 T = TypeVar("T")
@@ -60,6 +60,9 @@ class Storage(Protocol):
         `each` is called with all of these bytes where they now are, in their order and a piece at a time, while a
         processor's cache still has them.
         """
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """Whether nearly all of these bytes of the file are in memory, so that reading them need not wait."""
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """These bytes of the file where they can be looked at without being read, else None."""
@@ -134,7 +137,7 @@ class LocalStorage:
         try:
             try:
                 for stretch in stretches(chunks, _STRETCH):
-                    _write(handle, stretch)
+                    write(handle, stretch)
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -168,12 +171,20 @@ class LocalStorage:
         with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
             for views in stretches(targets, _IN_CACHE):
-                left = _read(file.fileno(), views)
+                left = fill(file.fileno(), views)
                 if left:
                     raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {left} more")
                 if each is not None:
                     for view in views:
                         each(view)
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """See Storage: in the page cache."""
+        try:
+            with open(self.root / path, "rb", buffering=0) as file:
+                return in_page_cache(file.fileno(), start, stop)
+        except FileNotFoundError:  # whoever reads it will say so
+            return False
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: those in the page cache."""
@@ -213,33 +224,6 @@ def _damage(place: Path) -> Iterator[None]:
         if error.errno != errno.EIO:
             raise
         raise CheckpointError(f"{place} is damaged: the disk cannot read it") from error
-
-
-def _read(handle: int, views: list[memoryview]) -> int:
-    """Fill the views; how many bytes the file lacks for that."""
-    left = sum(map(len, views))
-    while left:
-        done = os.readv(handle, views)
-        if not done:
-            break
-        left -= done
-        if left:
-            views = _rest(views, done)
-    return left
-
-
-def _write(handle: int, views: list[memoryview]) -> None:
-    while views:
-        views = _rest(views, os.writev(handle, views))
-
-
-def _rest(views: list[memoryview], done: int) -> list[memoryview]:
-    """The views without their first `done` bytes."""
-    for number, view in enumerate(views):
-        if done < len(view):
-            return [view[done:], *views[number + 1 :]]
-        done -= len(view)
-    return []
 
 
 def _sync(folder: Path) -> None:
@@ -357,6 +341,10 @@ class RemoteStorage:
                 at += len(view)
                 if each is not None:
                     each(view)
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """See Storage: none are here."""
+        return False
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: none are here."""

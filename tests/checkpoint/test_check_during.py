@@ -75,7 +75,7 @@ def loads_of_damage(rank: int, world: int, root: str) -> dict[str, Any]:
     for step in (1, 2):
         save(root, step=step, **dict(zip(("model", "opt"), job(step), strict=True)))
     if rank == 0:
-        flip(next((Path(root) / "step-00000002").glob("s-*-r00001-*")))
+        flip(max((Path(root) / "step-00000002").glob("s-*-r00001-*"), key=lambda file: file.stat().st_size))
     torch.distributed.barrier()
     found: dict[str, Any] = {}
     for check in ("before", "during"):

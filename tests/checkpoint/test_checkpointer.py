@@ -107,7 +107,7 @@ def test_an_error_is_logged_at_once_and_raised_by_the_next_call(
     checkpoints.save(1, model=model)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_write", full)
+        patch.setattr(storage, "write", full)
         for again in (checkpoints.wait, checkpoints.latest, lambda: checkpoints.save(3, model=model)):
             caplog.clear()
             checkpoints.save(2, model=model)
@@ -131,8 +131,8 @@ def test_the_process_waits_for_a_save_before_it_ends(tmp_path: Path) -> None:
     program = f"""
 import time, torch
 from fastopt.checkpoint import Checkpointer, storage
-write = storage._write
-storage._write = lambda *args: (time.sleep(0.5), write(*args))
+write = storage.write
+storage.write = lambda *args: (time.sleep(0.5), write(*args))
 Checkpointer({str(tmp_path)!r}).save(1, model=torch.nn.Linear(3, 3))
 assert not list({str(tmp_path)!r} and __import__("pathlib").Path({str(tmp_path)!r}).glob("*/manifest.json"))
 """
@@ -158,7 +158,7 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
     model = Small()
     opt = shard(Adam([(name, p) for name, p in model.named_parameters()], lr=0.01), model)
     wanted, texts = None, []
-    original = storage._write
+    original = storage.write
 
     def held() -> Any:
         return bits(dict(model.state_dict())), [bits(dict(opt.state[p])) for p in model.parameters()]
@@ -170,7 +170,7 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
         for step in range(1, 6):
             train(model, opt, steps=1)
             if step == 4 and rank == world - 1:
-                storage._write = full
+                storage.write = full
             try:
                 checkpoints.save(step, model=model, opt=opt)
                 if step == 3:
@@ -181,7 +181,7 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
                 texts.append(str(error))
             finally:
                 checkpoints._thread and checkpoints._thread.join()
-                storage._write = original
+                storage.write = original
         checkpoints.wait()
         checkpoints.load(model=model, opt=opt, step=3)
     return texts, held() == wanted
