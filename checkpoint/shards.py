@@ -154,6 +154,10 @@ class Shards:
         `[file, offset, shape]` for boxes."""
         if self.boxes is not None:
             return [[int(f), b.offset, b.shape] for f, b in zip(self.file, self.boxes, strict=True)]
+        if len(self) < 3:
+            return sorted(
+                [f, s, n] for f, s, n in zip(*(c.tolist() for c in (self.file, self.start, self.count)), strict=True)
+            )
         order = np.argsort(self.file, kind="stable")
         file, start, count = self.file[order], self.start[order], self.count[order]
         rows: list[Row] = []
