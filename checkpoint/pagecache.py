@@ -24,7 +24,7 @@ from .errors import CheckpointError
 
 WINDOW = 4 << 20
 _VIEWS = 1024  # that one system call takes
-_PROBED = 1 << 20  # bytes between two looks into the page cache
+_PROBED = 4 << 20  # bytes between two looks into the page cache
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _POPULATE_READ = 22  # since Linux 5.14; Python's mmap module does not name it
 

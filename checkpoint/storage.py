@@ -181,10 +181,13 @@ class LocalStorage:
     def in_memory(self, path: str, start: int, stop: int) -> bool:
         """See Storage: in the page cache."""
         try:
-            with open(self.root / path, "rb", buffering=0) as file:
-                return in_page_cache(file.fileno(), start, stop)
-        except FileNotFoundError:  # whoever reads it will say so
+            handle = os.open(self.root / path, os.O_RDONLY)
+        except OSError:  # whoever reads it will say so
             return False
+        try:
+            return in_page_cache(handle, start, stop)
+        finally:
+            os.close(handle)
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: those in the page cache."""
