@@ -20,7 +20,8 @@ from .errors import CheckpointError
 # only what lies in the page cache is mapped, as a read that must not wait (RWF_NOWAIT) says. Network filesystems,
 # where others may cut a file, do not know such reads. And pages are brought in by MADV_POPULATE_READ, whose failure is
 # an error like any other. Whatever is not so is read as usual, and so is everything on systems that lack either.
-# Pages count as this process's memory as long as they are mapped, hence one window at a time.
+# Pages count as this process's memory as long as they are mapped, hence one window at a time. Where bytes are needed
+# and not only looked at, reading them is cheaper than copying them out of a mapping.
 
 WINDOW = 4 << 20
 _VIEWS = 1024  # that one system call takes
