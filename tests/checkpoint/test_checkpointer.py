@@ -16,6 +16,7 @@ from torch import nn
 from fastopt import Adam
 from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, steps, storage
 from fastopt.checkpoint.manifest import from_bytes
+from fastopt.checkpoint.staging import Staging
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
@@ -153,7 +154,7 @@ def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
             Checkpointer(tmp_path, **wrong)
 
 
-def in_the_background(rank: int, world: int, root: str) -> Any:
+def in_the_background(rank: int, world: int, root: str, fault: str) -> Any:
     """Some saves of a sharded job, each while it goes on, one of which fails on one rank; what is loaded at the end."""
     model = Small()
     opt = shard(Adam([(name, p) for name, p in model.named_parameters()], lr=0.01), model)
@@ -166,11 +167,18 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
     def full(handle: int, views: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def no_room(self: Any, items: Any) -> Any:
+        raise MemoryError("no room for copies")
+
+    copy = Staging.copy
     with Checkpointer(root, keep_last=2) as checkpoints:
         for step in range(1, 6):
             train(model, opt, steps=1)
             if step == 4 and rank == world - 1:
-                storage.write = full
+                if fault == "disk":
+                    storage.write = full
+                else:
+                    Staging.copy = no_room  # type: ignore[method-assign]
             try:
                 checkpoints.save(step, model=model, opt=opt)
                 if step == 3:
@@ -181,17 +189,26 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
                 texts.append(str(error))
             finally:
                 checkpoints._thread and checkpoints._thread.join()
-                storage.write = original
+                storage.write, Staging.copy = original, copy  # type: ignore[method-assign]
         checkpoints.wait()
         checkpoints.load(model=model, opt=opt, step=3)
     return texts, held() == wanted
 
 
-def test_ranks_save_in_the_background_and_hear_of_each_others_errors(ranks: Ranks, tmp_path: Path) -> None:
-    results = ranks(2).run(in_the_background, str(tmp_path))
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("disk", "OSError while writing the checkpoint: [Errno 28] No space left on device"),
+        ("staging", "MemoryError while writing the checkpoint: no room for copies"),
+    ],
+)
+def test_ranks_save_in_the_background_and_hear_of_each_others_errors(
+    fault: str, text: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    results = ranks(2).run(in_the_background, str(tmp_path), fault)
     assert [same for _, same in results] == [True, True]
     assert results[0] == results[1]
-    assert results[0][0] == ["rank 1: OSError while writing the checkpoint: [Errno 28] No space left on device"]
+    assert results[0][0] == [f"rank 1: {text}"]
     assert steps(tmp_path) == [3, 5]
 
 
