@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import CheckpointError, NewerFormat, StorageError
-from .manifest import MANIFEST, Manifest, from_bytes
+from .manifest import MANIFEST, Manifest, check_digest, from_bytes
 from .records import step_folder
 from .storage import Storage, open_storage
 
@@ -165,21 +165,51 @@ def look(storage: Storage, step: int, notes: bool = True) -> Found:
 
     StorageError where that cannot be told.
     """
+    found = glance(storage, step, notes)
+    if found.problem is not None:
+        return found
+    try:
+        return replace(found, manifest=parsed(storage, step, found.data, found.sizes))
+    except StorageError:
+        raise
+    except (CheckpointError, FileNotFoundError) as error:
+        return replace(found, problem=str(error), newer=isinstance(error, NewerFormat))
+
+
+def glance(storage: Storage, step: int, notes: bool = True) -> Found:
+    """As `look`, but the manifest is not parsed: it is known to have its digest, and that is all."""
     folder = step_folder(step)
     place = f"{storage.url}/{folder}"
     sizes = storage.sizes(folder)
-    manifest, data, newer = None, b"", False
+    data = b""
     try:
         data = _read_manifest(storage, step, sizes)
-        manifest = from_bytes(data)
-        _check(storage, step, manifest, sizes)
+        check_digest(data)
         problem = _noted(storage, folder, sizes, data) if notes else None
     except StorageError:
         raise
     except (CheckpointError, FileNotFoundError) as error:
         problem = str(error) if place in str(error) else f"{place}/{MANIFEST}: {error}"
-        newer = isinstance(error, NewerFormat)
-    return Found(step, place, sizes, manifest, data, problem, newer)
+    return Found(step, place, sizes, None, data, problem)
+
+
+def parsed(storage: Storage, step: int, data: bytes, sizes: dict[str, int | None] | None) -> Manifest:
+    """The manifest `data` of `step`; CheckpointError where it is not sound, or files are not as large as it says.
+
+    sizes: those in the folder of the step; without, nothing is looked up.
+    """
+    place = f"{storage.url}/{step_folder(step)}"
+    try:
+        manifest = from_bytes(data)
+    except NewerFormat as error:
+        raise NewerFormat(f"{place}/{MANIFEST}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{place}/{MANIFEST}: {error}") from None
+    if manifest.step != step:
+        raise CheckpointError(f"{place}/{MANIFEST}: it is the manifest of step {manifest.step}")
+    if sizes is not None:
+        _check(storage, step, manifest, sizes)
+    return manifest
 
 
 def _noted(storage: Storage, folder: str, sizes: dict[str, int | None], data: bytes) -> str | None:
@@ -205,9 +235,6 @@ def _read_manifest(storage: Storage, step: int, sizes: dict[str, int | None]) ->
 
 
 def _check(storage: Storage, step: int, manifest: Manifest, sizes: dict[str, int | None]) -> None:
-    place = f"{storage.url}/{step_folder(step)}"
-    if manifest.step != step:
-        raise CheckpointError(f"{place}/{MANIFEST}: it is the manifest of step {manifest.step}")
     there = {step: sizes}
     for file in manifest.files:
         if file.step not in there:

@@ -26,7 +26,7 @@ from .values import decode
 # copies, which take its place when all ranks are done (once through the file, twice the memory), or verified without
 # being kept and then read again into place (twice through the file, which the second time is in the page cache; no
 # memory). Every target offers both: `fresh` is to be read before the agreement; `again` only to be verified before it,
-# and read after it.
+# and read after it, or, where the user has chosen so, only read after it.
 
 
 class ModelTarget:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,8 +207,13 @@ class OptTarget:
     def aim(self) -> None:
         """Point `again` at the memory that the optimizer holds after `commit`."""
         self._now = {}
-        now = self.opt.state_dict()["state"] if self.again else {}
-        for found, want in zip((f for f in self._found if f.again), self.again, strict=True):
+        taken = [(found, want) for found, want in zip((f for f in self._found if f.again), self.again, strict=True)]
+        states = self.opt.state
+        moved = [(found, want) for found, want in taken if not found.is_in(states.get(self.params[found.number], {}))]
+        for found, want in taken:
+            want.buffers = list(found.live or ())
+        now = self.opt.state_dict()["state"] if moved else {}
+        for found, want in moved:
             places = _places(now[found.number][found.key], found.boxes, None)
             if places is None:
                 raise CheckpointError(f"the optimizer did not keep {found.key!r} of {self._flat[found.number]!r}")
@@ -230,6 +235,16 @@ class _Found:
         self.again = False
         self.flat = torch.empty(0)
         self.buffers: list[Tensor] = []
+
+    def is_in(self, state: Mapping[str, Any]) -> bool:
+        """Whether a parameter's state, as the optimizer itself holds it, still has the memory of `live`."""
+        if not self.live:
+            return True
+        value = state.get(self.key)
+        if not isinstance(value, Tensor):
+            return False
+        here = local_part(value)
+        return here.data_ptr() == self.live[0].data_ptr() and here.nbytes == sum(part.nbytes for part in self.live)
 
 
 def _dtype(value: Any) -> torch.dtype | None:

@@ -5,9 +5,8 @@ See [Note: all or nothing] and, in into.py, [Note: copies or in place].
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Sequence
+import platform
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,16 +17,16 @@ import torch.distributed as dist
 from torch import nn
 
 from ..pieces import Box
-from . import catalog, rng
+from . import rng
 from .coverage import Coverage
-from .errors import CheckpointError, StorageError
+from .errors import CheckpointError
+from .finding import Search, damage_of
 from .into import ModelTarget, ValuesTarget
 from .into_opt import OptTarget
-from .manifest import from_bytes
 from .peers import Peers
-from .reading import Stamp, Wanted, read, verify
-from .records import MANIFEST, Manifest, rng_key, step_folder
-from .storage import LocalStorage, Storage, open_storage
+from .reading import Reader, Wanted, processors
+from .records import Manifest, rng_key, step_folder
+from .storage import LocalStorage, Storage
 from .values import Json
 from .verifying import note_sound
 
@@ -35,8 +34,13 @@ from .verifying import note_sound
 # Nothing live is changed until every rank has read and verified all that it needs. Then the optimizer, the scheduler
 # and their like, which run code of others that may refuse, are loaded; if they do so on any rank, every rank puts back
 # what was there. The model and the random generators come last: names, shapes and dtypes are known to fit by then.
+#
+# With check="during" only what is new memory is read first. Live tensors are overwritten last and checked while that
+# happens, when nothing else can go wrong any more. If a block is bad on any rank, every rank goes on to the checkpoint
+# before, which overwrites all of it again, or raises. The same happens where a file goes bad between being verified
+# and being read.
 
-_log = logging.getLogger("fastopt.checkpoint")
+_SPOILT = "what is in memory is partly overwritten and must not be trained on, load it again"
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ def load(
     cast: bool = False,
     rng: bool = True,
     on_corrupt: Literal["previous", "raise"] = "previous",
+    check: Literal["before", "during"] = "before",
     staging: int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Checkpoint:
@@ -103,88 +108,59 @@ def load(
             not have is seeded from the checkpoint and its rank, the same way each time.
         on_corrupt: what to do where the newest checkpoint turns out to be damaged: take the one before, with a warning
             on every rank, or raise.
+        check: when the bytes are compared with their checksums, relative to live tensors being overwritten by them.
+            `"before"` keeps everything live as it is unless all ranks can load all of it; files are read twice for
+            that, or copies are made (see `staging`). `"during"` reads once, straight into the live tensors, and costs
+            what reading costs; where a block is bad, what is in memory is of no use until another load succeeds.
+            Names, shapes, sizes of files, and whether optimizer and scheduler take what they are given, are known
+            before either way; and what is new memory, such as the states of an optimizer that has none yet, is read
+            once either way.
         staging: most bytes of copies of live tensors that this rank may hold until all ranks have read theirs (default:
             none on a local file system, else a quarter of the free memory, shared by the ranks of this machine). Beyond
             it nothing is copied; the files are read twice instead, first to verify them.
         group: the ranks that load together (default: the default group, or this process alone).
 
     Raises:
-        CheckpointError: on every rank where anything fails on one; all objects are as they were. Only where a file that
-            has just been verified can no longer be read the second time, the error says that they are partly loaded.
+        CheckpointError: on every rank where anything fails on one; all objects are as they were. Only with
+            `check="during"`, or where a file that has just been verified can no longer be read, they may be partly
+            overwritten; the error then says so on every rank.
         StorageError: the storage is out of reach.
+        ValueError: an argument that is none of those it may be; or `check="during"` without `strict`, for what does
+            not fit could not be told from what has been overwritten.
     """
     if on_corrupt not in ("previous", "raise"):
         raise ValueError(f"on_corrupt is 'previous' or 'raise', got {on_corrupt!r}")
+    if check not in ("before", "during"):
+        raise ValueError(f"check is 'before' or 'during', got {check!r}")
+    if check == "during" and not strict:
+        raise ValueError("check='during' overwrites live tensors, so it is for strict loads: use check='before'")
     peers = Peers(group)
     live = _Live(model, opt, scheduler, scaler, loader, rng, strict, cast)
-    storage = _open(peers, url, step)
-    skipped: list[str] = []
-    below: int | None = None
-    parsed: dict[int, Manifest] = {}
+    search = Search(peers, url, step, on_corrupt)
+    spoilt = False
     while True:
-        number, data, passed = peers.on_first(
-            "looking for the checkpoint", partial(_find, storage, step, below, skipped, on_corrupt, parsed)
-        )
-        skipped += passed
-        work = _Load(peers, storage, parsed.get(number) or from_bytes(data), live)
-        peers.agree("comparing the checkpoint with what it is loaded into", work.prepare)
-        work.choose(staging)
-        damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
-        if damage is None:
-            break
-        if step is not None or on_corrupt == "raise":
-            raise CheckpointError(damage)
-        skipped.append(damage)
-        below = number
-        if peers.rank == 0:
-            catalog.note_damage(storage, number, data, damage)
-    for reason in skipped:
-        _log.warning("rank %d: loading step %d instead of a newer one: %s", peers.rank, number, reason)
-    work.load()
-    work.note(data)
-    return work.result(tuple(skipped))
-
-
-def _open(peers: Peers, url: str | os.PathLike[str], step: int | None) -> Storage:
-    opened: list[Storage] = []
-
-    def open_it() -> tuple[str, int | None]:
-        opened.append(open_storage(url))
-        return opened[0].url, step
-
-    places = peers.agree("opening the storage", open_it)
-    for rank, place in enumerate(places):
-        if place != places[0]:
-            raise CheckpointError(f"ranks disagree on what to load: {places[0]} on rank 0, {place} on rank {rank}")
-    return opened[0]
-
-
-def _find(
-    storage: Storage,
-    step: int | None,
-    below: int | None,
-    skipped: Sequence[str],
-    on_corrupt: str,
-    parsed: dict[int, Manifest],
-) -> tuple[int, bytes, list[str]]:
-    """The step to load, its manifest, and why newer ones (under `below`) are passed over. On rank 0, which keeps the
-    manifest in `parsed`."""
-    if step is not None:
-        parsed[step], data = catalog.inspect(storage, step)
-        return step, data, []
-    passed: list[str] = []
-    for number in catalog.step_numbers(storage):
-        if below is not None and number >= below:
-            continue
-        found = catalog.look(storage, number)
-        found.refuse_newer()
-        if found.complete:
-            parsed[number] = found.raise_problem()
-            return number, found.data, passed
-        passed.append(str(found.problem))
-        if on_corrupt == "raise" and MANIFEST in found.sizes:  # one without was never completed
-            raise CheckpointError(passed[-1])
-    raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *skipped, *passed][:6]))
+        try:
+            search.next()
+            work = _Load(peers, live)
+            told = peers.agree("comparing the checkpoint with what it is loaded into", partial(work.prepare, search))
+            damage = next((text for text, _ in told if text is not None), None)
+            read_something = damage is None
+            if damage is None:
+                work.choose(check, staging, [node for _, node in told].count(platform.node()))
+                damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
+            if damage is None:
+                work.commit()
+                spoilt = True
+                damage = work.finish(search.data)
+            if damage is None:
+                return work.result(search.warn())
+            if spoilt and not strict:
+                raise CheckpointError(damage)
+            search.pass_over(damage, note=read_something)
+        except CheckpointError as error:
+            if spoilt:
+                raise CheckpointError(f"{_SPOILT}: {error}") from error
+            raise
 
 
 @dataclass(frozen=True)
@@ -202,17 +178,26 @@ class _Live:
 
 
 class _Load:
-    """One load of one checkpoint on one rank."""
+    """One load of one checkpoint on one rank: `prepare`, `choose`, `read`, `commit`, `finish`.
 
-    def __init__(self, peers: Peers, storage: Storage, manifest: Manifest, live: _Live) -> None:
-        self.peers, self.storage, self.manifest, self.live = peers, storage, manifest, live
+    `fresh` reads what needs no live memory, `again` what overwrites it.
+    """
+
+    fresh: Reader
+    again: Reader
+
+    storage: Storage
+    manifest: Manifest
+    coverage: Coverage
+
+    def __init__(self, peers: Peers, live: _Live) -> None:
+        self.peers, self.live = peers, live
         self.opt: OptTarget | None = None
         self.model: ModelTarget | None = None
         self.values: list[ValuesTarget] = []
         self.generators: dict[str, Wanted] = {}
-        self.verified: dict[str, Stamp] = {}
-        self.coverage = Coverage(manifest)
         self.done: list[OptTarget | ValuesTarget] = []
+        self.verify_first = True
 
     @property
     def place(self) -> str:
@@ -223,8 +208,22 @@ class _Load:
     def _tensors(self) -> list[OptTarget | ModelTarget]:
         return [target for target in (self.opt, self.model) if target is not None]
 
-    def prepare(self) -> None:
-        """Compare the manifest with the live objects; CheckpointError that lists all that does not fit."""
+    def prepare(self, search: Search) -> tuple[str | None, str]:
+        """Compare the manifest with the live objects; CheckpointError that lists all that does not fit.
+
+        Returns what is wrong with the checkpoint itself, and the name of this machine.
+        """
+        self.storage = search.storage
+        damage = damage_of(partial(self._parse, search))
+        if damage is None:
+            self._match()
+        return damage, platform.node()
+
+    def _parse(self, search: Search) -> None:
+        self.manifest = search.manifest()
+        self.coverage = Coverage(self.manifest)
+
+    def _match(self) -> None:
         live, manifest, strict = self.live, self.manifest, self.live.strict
         homes: list[int | None] = []
         if live.opt is not None:
@@ -262,42 +261,46 @@ class _Load:
             )
         return None if not stored else stored[self.peers.rank if len(stored) > 1 else 0]
 
-    def choose(self, staging: int | None) -> None:
-        """Decide whether live tensors are copied until all is read, or read in place after having been verified."""
+    def choose(self, check: str, staging: int | None, ranks_here: int) -> None:
+        """Decide whether live tensors are copied until all is read, or overwritten where they are.
+
+        ranks_here: how many ranks share this machine's memory and processors.
+        """
         if staging is None:
-            staging = 0 if isinstance(self.storage, LocalStorage) else _free_memory() // 4
-        in_place = sum(target.copied_bytes for target in self._tensors) > staging
+            staging = 0 if isinstance(self.storage, LocalStorage) else _free_memory() // (4 * ranks_here)
+        in_place = check == "during" or sum(target.copied_bytes for target in self._tensors) > staging
         for target in self._tensors:
             target.plan(in_place)
+        fresh = [want for target in self._tensors for want in target.fresh]
+        again = [want for target in self._tensors for want in target.again]
+        workers = processors(ranks_here)
+        self.fresh = Reader(self.storage, self.manifest, [*fresh, *self.generators.values()], workers)
+        self.again = Reader(self.storage, self.manifest, again, workers)
+        self.verify_first = check == "before"
 
     def read(self) -> str | None:
-        """Read and verify all that this rank needs. The text of an error that is the checkpoint's fault, or None."""
-        fresh = [want for target in self._tensors for want in target.fresh]
-        try:
-            read(self.storage, self.manifest, [*fresh, *self.generators.values()], coverage=self.coverage)
-            again = [want for target in self._tensors for want in target.again]
-            self.verified = verify(self.storage, self.manifest, again, self.coverage)
-        except StorageError:
-            raise
-        except (CheckpointError, FileNotFoundError) as error:
-            return str(error)
-        rng.check(self._generator_states())
-        return None
+        """Read all that needs no live memory, verify the rest. The text of an error that is the checkpoint's fault."""
+
+        def both() -> None:
+            self.fresh.read(self.coverage)
+            if self.verify_first:
+                self.again.verify(self.coverage)
+
+        damage = damage_of(both)
+        if damage is None:
+            rng.check(self._generator_states())
+        return damage
 
     def _generator_states(self) -> dict[str, Any]:
         return {name: want.buffers[0] for name, want in self.generators.items()}
 
-    def load(self) -> None:
-        """Change the live objects, on all ranks or on none."""
+    def commit(self) -> None:
+        """Give the optimizer, the scheduler and their like what they are to hold, on all ranks or on none."""
         try:
             self.peers.agree("loading the optimizer", self._commit)
         except CheckpointError as error:
             self._roll_back(error)
             raise
-        try:
-            self.peers.agree("loading the model", self._finish)
-        except CheckpointError as error:
-            raise CheckpointError(f"model and optimizer are partly loaded, load them again: {error}") from error
 
     def _commit(self) -> None:
         """Load what may still refuse: optimizer, scheduler and their like."""
@@ -314,26 +317,33 @@ class _Load:
             except Exception as again:
                 error.add_note(f"rank {self.peers.rank}: the {target.what} refused its former state too: {again!r}")
 
-    def _finish(self) -> None:
-        """Read what is read in place, load the model and set the generators."""
+    def finish(self, data: bytes) -> str | None:
+        """Overwrite what is overwritten in place, load the model and set the generators.
+
+        Returns the text of an error that is the checkpoint's fault. Otherwise, where the ranks together have read all
+        of it, the note of `verify` is left beside the manifest `data`.
+        """
+
+        def note(told: list[tuple[str | None, bytes]]) -> str | None:
+            damage = next((text for text, _ in told if text is not None), None)
+            if damage is None and self.coverage.whole([bits for _, bits in told]):
+                note_sound(self.storage, self.manifest, data)
+            return damage
+
+        damage: str | None = self.peers.to_first("loading the model", self._finish, note)
+        return damage
+
+    def _finish(self) -> tuple[str | None, bytes]:
         if self.opt is not None:
             self.opt.aim()
-        again = [want for target in self._tensors for want in target.again]
-        read(self.storage, self.manifest, again, self.verified)
-        if self.model is not None:
-            self.model.finish()
-        if self.live.rng and self.manifest.rng:
-            known = self.peers.rank < len(self.manifest.rng)
-            rng.restore(self._generator_states() if known else rng.fresh(self.manifest.save_id, self.peers.rank))
-
-    def note(self, data: bytes) -> None:
-        """Leave the note of `verify` beside the manifest `data` where the ranks, together, have read all of it."""
-
-        def leave(bits: list[bytes]) -> None:
-            if self.coverage.whole(bits):
-                note_sound(self.storage, self.manifest, data)
-
-        self.peers.to_first("noting what was read", lambda: self.coverage.bits, leave)
+        damage = damage_of(partial(self.again.read, self.coverage))
+        if damage is None:
+            if self.model is not None:
+                self.model.finish()
+            if self.live.rng and self.manifest.rng:
+                known = self.peers.rank < len(self.manifest.rng)
+                rng.restore(self._generator_states() if known else rng.fresh(self.manifest.save_id, self.peers.rank))
+        return damage, self.coverage.bits
 
     def result(self, skipped: tuple[str, ...]) -> Checkpoint:
         """What was loaded."""
@@ -342,10 +352,9 @@ class _Load:
 
 
 def _free_memory() -> int:
-    """Bytes that this rank may use, its share of the machine's free memory; 0 where nobody says."""
+    """Bytes of this machine's memory that are free; 0 where nobody says."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-        return free // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return 0

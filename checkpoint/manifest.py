@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from .records import (
 from .shards import Column, Shards
 from .values import Json, decode
 
-__all__ = ["FILE_NAME", "MANIFEST", "Manifest", "canonical", "from_bytes", "place", "to_bytes"]
+__all__ = ["FILE_NAME", "MANIFEST", "Manifest", "canonical", "check_digest", "from_bytes", "place", "to_bytes"]
 
 FORMAT = "fastopt-checkpoint"
 VERSION = 1
@@ -105,26 +106,48 @@ def place(files: tuple[DataFile, ...], tensors: dict[str, StoredTensor]) -> dict
     )
     if room != held:  # first of all, so that no number below can be too large
         raise CheckpointError(f"its tensors have {held} bytes, its files {room}")
-    cursor: Column = np.array([file.header for file in files], dtype=np.int64)
-    placed: dict[str, StoredTensor] = {}
-    for key in sorted(tensors, key=lambda key: file_order(key, sizes[key])):
-        tensor = tensors[key]
-        placed[key] = StoredTensor(tensor.dtype, tensor.shape, tensor.shards.placed(cursor, sizes[key]))
-    for file, end in zip(files, cursor.tolist(), strict=True):
-        if end != file.bytes:
-            raise CheckpointError(f"{file.name} has {file.bytes} bytes, but the tensors in it end at byte {end}")
-    return placed
+    order = sorted(tensors, key=lambda key: file_order(key, sizes[key]))
+    parts = [tensors[key].shards for key in order]
+    first = np.concatenate([[0], np.cumsum([len(shards) for shards in parts], dtype=np.int64)])
+    file: Column = np.concatenate([np.zeros(0, np.int64), *(shards.file for shards in parts)])
+    nbytes = np.concatenate([np.zeros(0, np.int64), *(shards.sizes for shards in parts)])
+    nbytes *= np.repeat(np.array([sizes[key] for key in order], dtype=np.int64), np.diff(first))
+    at, ends = _one_after_the_other(file, nbytes, np.array([file.header for file in files], dtype=np.int64))
+    for each, end in zip(files, ends.tolist(), strict=True):
+        if end != each.bytes:
+            raise CheckpointError(f"{each.name} has {each.bytes} bytes, but the tensors in it end at byte {end}")
+    return {
+        key: StoredTensor(tensors[key].dtype, tensors[key].shape, shards.placed(at[start:stop]))
+        for key, shards, (start, stop) in zip(order, parts, pairwise(first.tolist()), strict=True)
+    }
+
+
+def _one_after_the_other(file: Column, nbytes: Column, start: Column) -> tuple[Column, Column]:
+    """Where each part begins in its `file`, given where the first of each file does, and where the last ones end."""
+    order = np.argsort(file.astype(np.min_scalar_type(max(1, len(start)))), kind="stable")
+    ends = np.cumsum(nbytes[order])
+    counts = np.bincount(file, minlength=len(start))
+    totals = np.append(np.int64(0), ends)[np.cumsum(counts)]
+    shift = start - np.append(np.int64(0), totals[:-1])[: len(start)]  # what is before a file's parts in `ends`
+    at = np.empty_like(file)
+    at[order] = ends - nbytes[order] + shift[file[order]]
+    return at, totals + shift
+
+
+def check_digest(data: bytes) -> None:
+    """Raise CheckpointError unless these bytes begin like a manifest and have the digest that they name."""
+    if not data.startswith(_HEAD) or data[_BODY - len(_HEAD_END) : _BODY] != _HEAD_END:
+        raise CheckpointError("it does not begin like a manifest of fastopt")
+    digest = data[len(_HEAD) : len(_HEAD) + 16]
+    if digest != xxhash.xxh3_64_hexdigest(memoryview(data)[_BODY:]).encode():
+        raise CheckpointError("its digest is not that of its content: it was damaged or edited")
 
 
 def from_bytes(data: bytes) -> Manifest:
     """Parse and check. Raises CheckpointError that says what is wrong."""
-    if not data.startswith(_HEAD) or data[_BODY - len(_HEAD_END) : _BODY] != _HEAD_END:
-        raise CheckpointError("it does not begin like a manifest of fastopt")
-    body = data[_BODY:]
-    if data[len(_HEAD) : len(_HEAD) + 16] != xxhash.xxh3_64_hexdigest(body).encode():
-        raise CheckpointError("its digest is not that of its content: it was damaged or edited")
+    check_digest(data)
     try:
-        tree = json.loads(b"{" + body, object_pairs_hook=_unique, parse_constant=_no_constant)
+        tree = json.loads(b"{" + data[_BODY:], object_pairs_hook=_unique, parse_constant=_no_constant)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -218,10 +241,9 @@ def _manifest(tree: Json) -> Manifest:
     listed = _list(top["files"], "files")
     files = tuple(_file(item, f"files[{i}]", save_id, step, block) for i, item in enumerate(listed))
     _need(len({(file.name, file.step) for file in files}) == len(files), "files", "a file is listed twice")
-    tensors = place(
-        files,
-        {key: _tensor(item, f"tensor {key!r}", len(files)) for key, item in _dict(top["tensors"], "tensors").items()},
-    )
+    known: dict[str, Shards] = {}
+    stored = _dict(top["tensors"], "tensors").items()
+    tensors = place(files, {key: _tensor(item, f"tensor {key!r}", len(files), known) for key, item in stored})
     for what in ("scheduler", "scaler"):
         decode(top[what], what)
     loader = tuple(_list(top["loader"], "loader"))
@@ -272,17 +294,21 @@ def _file(value: Json, where: str, save_id: str, step: int, block: int) -> DataF
     return DataFile(name, size, header, _str(item["digest"], f"{where}.digest", _DIGEST), home, blocks)
 
 
-def _tensor(value: Json, where: str, files: int) -> StoredTensor:
+def _tensor(value: Json, where: str, files: int, known: dict[str, Shards]) -> StoredTensor:
+    """`known`: parts that have been checked, for the states of a parameter are all cut alike."""
     item = _dict(value, where)
     what = "boxes" if "boxes" in item else "shards"
     item = _dict(item, where, ("dtype", "shape", what))
     dtype_of(item["dtype"], where)
-    shape = _shape(item["shape"], where)
-    rows = [_list(row, f"{where} {what}") for row in _list(item[what], where)]
-    _need(len(rows) <= files, where, f"{len(rows)} parts in {files} files")
-    shards = _boxes(rows, where, shape, files) if what == "boxes" else _intervals(rows, where, shape, files)
-    shards.check(where)
-    return StoredTensor(item["dtype"], shape, shards)
+    text = f"{what}{item['shape']}{item[what]}"
+    if text not in known:
+        shape = _shape(item["shape"], where)
+        rows = [_list(row, f"{where} {what}") for row in _list(item[what], where)]
+        _need(len(rows) <= files, where, f"{len(rows)} parts in {files} files")
+        shards = _boxes(rows, where, shape, files) if what == "boxes" else _intervals(rows, where, shape, files)
+        shards.check(where)
+        known[text] = shards
+    return StoredTensor(item["dtype"], known[text].shape, known[text])
 
 
 def _boxes(rows: list[list[Json]], where: str, shape: Shape, files: int) -> Shards:
@@ -317,8 +343,8 @@ def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> 
         else:
             lane = np.arange(times, dtype=np.int64)
             runs.append(np.stack([file + far * lane, start + step * lane, np.full_like(lane, count)]))
-    columns = np.concatenate([np.array(single, dtype=np.int64).reshape(-1, 3).T, *runs], axis=1)
-    return Shards.intervals(shape, *columns)
+    columns = np.array(single, dtype=np.int64).reshape(-1, 3).T
+    return Shards.intervals(shape, *(np.concatenate([columns, *runs], axis=1) if runs else columns))
 
 
 def _model(value: Json, tensors: dict[str, StoredTensor]) -> ModelPart:

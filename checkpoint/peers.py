@@ -90,7 +90,14 @@ class Peers:
 
     def on_first(self, doing: str, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and give its result to every rank, or its failure. Collective."""
-        return cast(T, self.to_first(doing, lambda: None, lambda _: work()))
+        if self._group is None:
+            return self.agree(doing, work)[0]
+        own, caught = _attempt(work) if self.rank == 0 else (None, None)
+        outcome: list[Any] = [(own, None if caught is None else _text(doing, caught))]
+        self._collective(doing, lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
+        answer, error = outcome[0]
+        self._raise([error, *[None] * (self.size - 1)], caught)
+        return cast(T, answer)
 
     def _collective(self, doing: str, call: Callable[[], Any]) -> None:
         try:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
-from threading import BoundedSemaphore
+from threading import Event
 
 import torch
 import xxhash
@@ -22,10 +22,8 @@ from .records import Manifest
 from .shards import flat_index
 from .storage import Storage
 
-Stamp = tuple[int, ...] | None
 _AT_ONCE = 8  # requests in flight, of at most 16 MiB each
-_LOOKING = min(4, os.cpu_count() or 1)  # of them whose bytes are in memory already and need nothing but processors
-_IN_CACHE = 1 << 20  # bytes that are read before their checksums are looked at: a processor's cache still has them
+_SCRATCH = 1 << 20  # bytes that are read at once to be looked at only
 
 
 @dataclass
@@ -41,56 +39,24 @@ class Wanted:
     buffers: list[Tensor] = field(default_factory=list)
 
 
-def read(
-    storage: Storage,
-    manifest: Manifest,
-    wanted: Sequence[Wanted],
-    verified: Mapping[str, Stamp] | None = None,
-    coverage: Coverage | None = None,
-) -> None:
-    """Fill the buffers of `wanted` from the data files. Raises CheckpointError naming file, bytes and tensor.
+def read(storage: Storage, manifest: Manifest, wanted: Sequence[Wanted]) -> None:
+    """Fill the buffers of `wanted` from the data files. Raises CheckpointError naming file, bytes and tensor."""
+    Reader(storage, manifest, wanted).read()
 
-    coverage: is told what has been read and was sound.
-    verified: what `verify` has returned for the same `wanted`. Bytes that are still in the page cache, of files that
-    have not changed since, are then not compared with their checksums a second time.
+
+class Reader:
+    """What is wanted of a checkpoint, planned once: to be verified, read, or both, in several threads.
+
+    workers: how many of them may work at the same time on bytes that are in memory already and need nothing but
+    processors (default: as many as there are, up to four).
     """
-    for want in wanted:
-        if not want.buffers:
-            dtype = DTYPES[manifest.tensors[want.key].dtype]
-            want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
-    reader = _Reader(storage, manifest, wanted, verified or {})
-    reader.run(reader.read)
-    if coverage is not None:
-        coverage.add(reader.reads)
-    for path, stamp in (verified or {}).items():
-        if stamp is not None and storage.stamp(path) != stamp:
-            raise CheckpointError(f"{storage.url}/{path} was changed by somebody while it was being loaded")
-
-
-def verify(
-    storage: Storage, manifest: Manifest, wanted: Sequence[Wanted], coverage: Coverage | None = None
-) -> dict[str, Stamp]:
-    """Read all that `read` would, check it, and keep nothing; a few MiB of memory. Raises as `read` does.
-
-    Returns the files that were looked at, with a stamp of each from before.
-    """
-    reader = _Reader(storage, manifest, wanted, {})
-    paths = dict.fromkeys(manifest.files[request.file].path for request in reader.reads)
-    stamps = {path: storage.stamp(path) for path in paths}
-    reader.run(reader.check)
-    if coverage is not None:
-        coverage.add(reader.reads)
-    return stamps
-
-
-class _Reader:
-    """Carries out requests in several threads, which write to different places."""
 
     def __init__(
-        self, storage: Storage, manifest: Manifest, wanted: Sequence[Wanted], verified: Mapping[str, Stamp]
+        self, storage: Storage, manifest: Manifest, wanted: Sequence[Wanted], workers: int | None = None
     ) -> None:
-        self.storage, self.manifest, self.verified = storage, manifest, verified
-        self.targets: list[tuple[str, Box, Tensor | None]] = []
+        self.storage, self.manifest = storage, manifest
+        self.wanted = wanted
+        self.targets: list[tuple[Wanted, int]] = []
         uses: list[Use] = []
         for want in wanted:
             stored = manifest.tensors[want.key]
@@ -98,61 +64,74 @@ class _Reader:
             for number, box in enumerate(want.boxes):
                 for shard, common in stored.shards.meeting(box, itemsize):
                     uses.append(Use(len(self.targets), shard.file, shard.at, shard.box, common, itemsize))
-                self.targets.append((want.key, box, want.buffers[number] if want.buffers else None))
+                self.targets.append((want, number))
         ends = [(file.header, file.bytes) for file in manifest.files]
         self.reads = reads(uses, ends, manifest.block)
-        self._processors = BoundedSemaphore(_LOOKING)
+        self._workers = workers or processors()
 
-    def run(self, work: Callable[[Read], None]) -> None:
-        """All requests; the first error ends it."""
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            futures = [pool.submit(work, request) for request in self.reads]
+    def read(self, coverage: Coverage | None = None) -> None:
+        """Fill the buffers, those that are given or new ones, and check every byte on the way.
+
+        Every block is checked when it has just been stored: after an error the buffers hold something, of which
+        nothing is good for use. Raises CheckpointError naming file, bytes and tensor. `coverage` is told what was read.
+        """
+        for want in self.wanted:
+            if not want.buffers:
+                dtype = DTYPES[self.manifest.tensors[want.key].dtype]
+                want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
+        self._run(self._read)
+        if coverage is not None:
+            coverage.add(self.reads)
+
+    def verify(self, coverage: Coverage | None = None) -> None:
+        """Look at everything that `read` would, and keep nothing; a few MiB of memory. Raises as `read` does."""
+        self._run(self._check)
+        if coverage is not None:
+            coverage.add(self.reads)
+
+    def _run(self, work: Callable[[Read], None]) -> None:
+        """All requests; the first error ends it. What needs nothing but processors is done by as many as there are."""
+        here = [request for request in self.reads if self._in_memory(request)]
+        rest = [request for request in self.reads if request not in here] if len(here) < len(self.reads) else []
+        lanes = [here[lane :: self._workers] for lane in range(self._workers)]
+        ended = Event()
+
+        def one_lane(lane: Sequence[Read]) -> None:
+            for request in lane:
+                if not ended.is_set():
+                    work(request)
+
+        with ThreadPoolExecutor(_AT_ONCE + self._workers) as pool:
             try:
+                futures = [pool.submit(one_lane, lane) for lane in (*lanes[1:], *([r] for r in rest)) if lane]
+                one_lane(lanes[0])
                 for done in futures:
                     done.result()
             except BaseException:
+                ended.set()
                 pool.shutdown(cancel_futures=True)
                 raise
 
-    def check(self, request: Read) -> None:
+    def _in_memory(self, request: Read) -> bool:
+        return self.storage.in_memory(self.manifest.files[request.file].path, request.start, request.stop)
+
+    def _check(self, request: Read) -> None:
         """Look at the bytes, and keep none."""
         check = _Check(self, request)
         path = self.manifest.files[request.file].path
         cached = self.storage.cached(path, request.start, request.stop)
         if cached is not None:
-            with self._processors:
-                for window in cached.windows():
-                    check(memory(window))
+            for window in cached.windows():
+                check(memory(window))
         else:
-            scratch = torch.empty(min(request.stop - request.start, _IN_CACHE), dtype=torch.uint8)
-            for start in range(request.start, request.stop, scratch.numel()):
-                self.storage.read_into(path, start, [memory(scratch)[: request.stop - start]], check)
+            scratch = memory(torch.empty(min(request.stop - request.start, _SCRATCH), dtype=torch.uint8))
+            for start in range(request.start, request.stop, len(scratch)):
+                self.storage.read_into(path, start, [scratch[: request.stop - start]], check)
         check.finish()
 
-    def read(self, request: Read) -> None:
-        """Read, verify, and put the elements where they belong."""
+    def _read(self, request: Read) -> None:
+        """Straight from the storage to where the bytes belong, where these are places of their own; and verify them."""
         path = self.manifest.files[request.file].path
-        cached = self.storage.cached(path, request.start, request.stop)
-        if cached is None:
-            self._read_into(path, request)
-            return
-        check = None if self.verified.get(path) is not None else _Check(self, request)
-        with self._processors:
-            start = request.start
-            for window in cached.windows():
-                stop = start + window.numel()
-                if check is not None:
-                    check(memory(window))
-                for use in request.uses:
-                    first, last = max(start, use.at), min(stop, use.stop)
-                    if first < last:
-                        self._put(use, first, last, window[first - start : last - start])
-                start = stop
-        if check is not None:
-            check.finish()
-
-    def _read_into(self, path: str, request: Read) -> None:
-        """Straight from the storage to where the bytes belong, where these are places of their own."""
         views: list[memoryview] = []
         later: list[tuple[Use, int, int, Tensor]] = []
         at = request.start
@@ -169,8 +148,7 @@ class _Reader:
         if at < request.stop:
             views += self._aside(request, at, request.stop, later)
         check = _Check(self, request)
-        pieces = [view[at : at + _IN_CACHE] for view in views for at in range(0, len(view), _IN_CACHE)]
-        self.storage.read_into(path, request.start, pieces, check)
+        self.storage.read_into(path, request.start, views, check)
         check.finish()
         for use, start, stop, data in later:
             self._scatter(use, start, stop, data)
@@ -188,9 +166,10 @@ class _Reader:
 
     def _place(self, use: Use, start: int, stop: int) -> Tensor | None:
         """The bytes of the destination where those from `start` to `stop` go to one place there; else None."""
-        key, target, buffer = self.targets[use.target]
-        plain = buffer is not None and buffer.device.type == "cpu" and buffer.is_contiguous() and start < stop
-        if buffer is None or not plain or buffer.dtype is not DTYPES[self.manifest.tensors[key].dtype]:
+        want, number = self.targets[use.target]
+        target, buffer = want.boxes[number], want.buffers[number]
+        plain = buffer.device.type == "cpu" and buffer.is_contiguous() and start < stop
+        if not plain or buffer.dtype is not DTYPES[self.manifest.tensors[want.key].dtype]:
             return None
         if use.box == target:
             first: int | None = (start - use.at) // use.itemsize
@@ -200,20 +179,13 @@ class _Reader:
             return None
         return buffer.detach().reshape(-1).view(torch.uint8)[first * use.itemsize :][: stop - start]
 
-    def _put(self, use: Use, start: int, stop: int, data: Tensor) -> None:
-        place = self._place(use, start, stop)
-        if place is not None:
-            place.copy_(data)
-        else:
-            self._scatter(use, start, stop, data)
-
     def _scatter(self, use: Use, start: int, stop: int, data: Tensor) -> None:
         """Copy the bytes `start` to `stop` of the file to the part of the wanted box that they belong to."""
-        key, target, buffer = self.targets[use.target]
-        assert buffer is not None
+        want, number = self.targets[use.target]
+        target, buffer = want.boxes[number], want.buffers[number]
         if data.storage_offset() % use.itemsize:
             data = data.clone()
-        elements = data.view(DTYPES[self.manifest.tensors[key].dtype])
+        elements = data.view(DTYPES[self.manifest.tensors[want.key].dtype])
         at = 0
         for box in use.boxes(start, stop):
             part = elements[at : at + box.numel].view(box.shape)
@@ -226,7 +198,7 @@ class _Reader:
 class _Check:
     """Compares the checksums of the blocks of a request with those in the manifest, as the bytes come in."""
 
-    def __init__(self, reader: _Reader, request: Read) -> None:
+    def __init__(self, reader: Reader, request: Read) -> None:
         self.reader, self.request = reader, request
         self.block = reader.manifest.block
         self.file = reader.manifest.files[request.file]
@@ -264,7 +236,7 @@ class _Check:
         first = file.header + number * self.block
         last = min(first + self.block, file.bytes)
         targets = self.reader.targets
-        keys = sorted({targets[use.target][0] for use in self.request.uses if use.at < last and use.stop > first})
+        keys = sorted({targets[use.target][0].key for use in self.request.uses if use.at < last and use.stop > first})
         of = " and ".join(repr(key) for key in keys[:3]) or "no tensor that was asked for"
         raise CheckpointError(
             f"{self.reader.storage.url}/{file.path} is damaged: bytes {first} to {last}, of {of}, do not have the "
@@ -287,3 +259,9 @@ def _one_place(boxes: Sequence[Box], target: Box) -> int | None:
         first = start if first is None else first
         expected = stop
     return first
+
+
+def processors(ranks: int = 1) -> int:
+    """How many threads one of the `ranks` processes on this machine may keep busy: four at most."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, usable // ranks))

@@ -6,7 +6,7 @@ See [Note: runs of shards].
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -93,12 +93,11 @@ class Shards:
             return self.count
         return np.array([box.numel for box in self.boxes], dtype=np.int64)
 
-    def placed(self, cursor: Column, itemsize: int) -> Shards:
-        """The same, each part placed at the `cursor` `[n_files]` of its file, which moves on. A file may hold one."""
-        made = Shards(self.shape, self.file, cursor[self.file], self.start, self.count, self.boxes)
+    def placed(self, at: Column) -> Shards:
+        """The same, each part at that byte of its file."""
+        made = Shards(self.shape, self.file, at, self.start, self.count, self.boxes)
         object.__setattr__(made, "_axis", self._axis)
         object.__setattr__(made, "_longest", self._longest)
-        cursor[self.file] += self.sizes * itemsize
         return made
 
     def check(self, where: str) -> None:
@@ -108,14 +107,15 @@ class Shards:
         if self.boxes is not None:
             check_cover(where, self.shape, self.boxes)
             return
-        total = math.prod(self.shape)
-        stops = self.start + self.count
-        starts_at = np.append(np.int64(0), stops[:-1])
-        if len(self) and (self.start != starts_at).any():
-            at = int(np.argmax(self.start != starts_at))
-            wrong = "overlap" if self.start[at] < starts_at[at] else "leave a gap"
-            raise CheckpointError(f"{where}: its parts {wrong} at element {int(self.start[at])} of shape {self.shape}")
-        held = int(stops[-1]) if len(self) else 0
+        total, stops = math.prod(self.shape), self.start + self.count
+        if len(self) and not self.start[0] and stops[-1] == total and (self.start[1:] == stops[:-1]).all():
+            return
+        held = 0
+        for start, count in zip(self.start.tolist(), self.count.tolist(), strict=True):
+            if start != held:
+                wrong = "overlap" if start < held else "leave a gap"
+                raise CheckpointError(f"{where}: its parts {wrong} at element {start} of shape {self.shape}")
+            held += count
         if held != total:
             raise CheckpointError(f"{where}: {held} of the {total} elements of shape {self.shape} are there")
 
@@ -125,7 +125,7 @@ class Shards:
             return
         found = self._near_boxes(box) if self.boxes is not None else self._near_intervals(box, itemsize)
         for shard in found:
-            common = shard.box.intersect(box)
+            common = box if shard.box == box else shard.box.intersect(box)
             if common:
                 yield shard, common
 
@@ -140,8 +140,8 @@ class Shards:
     def _near_intervals(self, box: Box, itemsize: int) -> Iterator[Shard]:
         low = flat_index(box.offset, self.shape)
         high = flat_index(tuple(n - 1 for n in box.stop), self.shape) + 1
-        first = int(np.searchsorted(self.start, low, side="right")) - 1
-        last = int(np.searchsorted(self.start, high, side="left"))
+        first = bisect_right(self.start, low) - 1
+        last = bisect_left(self.start, high, max(first, 0))
         for i in range(max(first, 0), last):
             start, at = int(self.start[i]), int(self.at[i])
             for part in interval_boxes(self.shape, start, start + int(self.count[i])):
@@ -155,6 +155,10 @@ class Shards:
         `[file, offset, shape]` for boxes."""
         if self.boxes is not None:
             return [[int(f), b.offset, b.shape] for f, b in zip(self.file, self.boxes, strict=True)]
+        if len(self) < 3:
+            return sorted(
+                [f, s, n] for f, s, n in zip(*(c.tolist() for c in (self.file, self.start, self.count)), strict=True)
+            )
         order = np.argsort(self.file, kind="stable")
         file, start, count = self.file[order], self.start[order], self.count[order]
         rows: list[Row] = []

@@ -21,13 +21,15 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from .errors import CheckpointError, StorageError
-from .pagecache import Cached, cached, stretches
+from .pagecache import Cached, cached, fill, in_page_cache, stretches, write
 from .retries import retry
 
 T = TypeVar("T")
 
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 _COMPARED = 16 << 20  # bytes read at once when an object is compared
+_STRETCH = 16 << 20  # bytes written at once
+_IN_CACHE = 512 << 10  # bytes read at once: a processor's second-level cache still has them when they are looked at
 
 
 class Storage(Protocol):
@@ -55,14 +57,15 @@ class Storage(Protocol):
     ) -> None:
         """Fill the `targets`, one after the other, with the bytes of the file from `start` on, in one request.
 
-        `each` is called with every target when it is full, in their order, soon enough to find it in the cache.
+        `each` is called with all of these bytes where they now are, in their order and a piece at a time, while a
+        processor's cache still has them.
         """
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """Whether nearly all of these bytes of the file are in memory, so that reading them need not wait."""
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """These bytes of the file where they can be looked at without being read, else None."""
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """Differs once the file has been changed or replaced; None where the storage cannot tell."""
 
     def read_all(self, path: str) -> bytes:
         """The whole of a file."""
@@ -133,8 +136,8 @@ class LocalStorage:
         handle = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             try:
-                for stretch in stretches(chunks):
-                    _write(handle, stretch)
+                for stretch in stretches(chunks, _STRETCH):
+                    write(handle, stretch)
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -167,25 +170,29 @@ class LocalStorage:
         """See Storage; straight into the targets, without a copy."""
         with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
-            for target in targets:
-                left = target
-                while left:
-                    got = file.readinto(left)
-                    if not got:
-                        raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {len(left)} more")
-                    left = left[got:]
+            for views in stretches(targets, _IN_CACHE):
+                left = fill(file.fileno(), views)
+                if left:
+                    raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {left} more")
                 if each is not None:
-                    each(target)
+                    for view in views:
+                        each(view)
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """See Storage: in the page cache."""
+        try:
+            handle = os.open(self.root / path, os.O_RDONLY)
+        except OSError:  # whoever reads it will say so
+            return False
+        try:
+            return in_page_cache(handle, start, stop)
+        finally:
+            os.close(handle)
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: those in the page cache."""
         with open(self.root / path, "rb", buffering=0) as file:
             return cached(str(self.root / path), file.fileno(), start, stop)
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """See Storage: inode, size, and when content and inode were changed."""
-        found = (self.root / path).stat()
-        return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def read_all(self, path: str) -> bytes:
         """See Storage."""
@@ -220,16 +227,6 @@ def _damage(place: Path) -> Iterator[None]:
         if error.errno != errno.EIO:
             raise
         raise CheckpointError(f"{place} is damaged: the disk cannot read it") from error
-
-
-def _write(handle: int, views: list[memoryview]) -> None:
-    while views:
-        done = os.writev(handle, views)
-        while views and done >= len(views[0]):
-            done -= len(views[0])
-            views = views[1:]
-        if done:
-            views = [views[0][done:], *views[1:]]
 
 
 def _sync(folder: Path) -> None:
@@ -341,18 +338,19 @@ class RemoteStorage:
         if len(data) != size:
             raise CheckpointError(f"{self.url}/{path} gave {len(data)} of the {size} bytes at {start}")
         at = 0
-        for target in targets:
-            target[:] = data[at : at + len(target)]
-            at += len(target)
-            if each is not None:
-                each(target)
+        for views in stretches(targets, _IN_CACHE):
+            for view in views:
+                view[:] = data[at : at + len(view)]
+                at += len(view)
+                if each is not None:
+                    each(view)
+
+    def in_memory(self, path: str, start: int, stop: int) -> bool:
+        """See Storage: none are here."""
+        return False
 
     def cached(self, path: str, start: int, stop: int) -> Cached | None:
         """See Storage: none are here."""
-        return None
-
-    def stamp(self, path: str) -> tuple[int, ...] | None:
-        """See Storage."""
         return None
 
     def read_all(self, path: str) -> bytes:

@@ -34,6 +34,7 @@ class HoldsParts(AroundOptimizer):
     _lane: Lane
     _index: dict[int, int]
     _consolidated: dict[int, dict[str, Any]] | None
+    _known: tuple[Layout, dict[int, Held]] | None = None
 
     # ---- who takes part
 
@@ -71,8 +72,13 @@ class HoldsParts(AroundOptimizer):
         AroundOptimizer.state.fset(self, state)  # type: ignore[attr-defined]
 
     def _held(self, p: Tensor) -> Held:
-        """How this rank holds the state of `p`."""
-        return Held(self.layout, self.rank, self._index[id(p)], p.device, self._ranks.copy)
+        """How this rank holds the state of `p`. Worked out once per layout."""
+        if self._known is None or self._known[0] is not self.layout:
+            self._known = self.layout, {}
+        index, known = self._index[id(p)], self._known[1]
+        if index not in known or known[index].device != p.device:
+            known[index] = Held(self.layout, self.rank, index, p.device, self._ranks.copy)
+        return known[index]
 
     @property
     def _shaped(self) -> set[str]:
@@ -90,7 +96,8 @@ class HoldsParts(AroundOptimizer):
 
     def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
         """One value of a loaded state as this rank holds it."""
-        return self.opt._load_value(p, key, self._held(p).take(key, value, key in self._shaped), group)
+        like_param = isinstance(value, Tensor) and key in self._shaped
+        return self.opt._load_value(p, key, self._held(p).take(key, value, like_param), group)
 
     def _drop_foreign_state(self) -> None:
         """Keep nothing but marks of parameters that other ranks own."""
@@ -100,7 +107,7 @@ class HoldsParts(AroundOptimizer):
 
     def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
         """Which boxes of a state of `p` with global `shape` this rank holds."""
-        return self.layout.boxes(self._index[id(p)], self.rank, tuple(shape))
+        return self._held(p).boxes(tuple(shape))
 
     def held_elsewhere(self, p: Tensor) -> bool:
         """Whether an earlier rank holds the same part of the DTensor `p` of the model."""

@@ -7,14 +7,14 @@ that the user has set.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..parts import part_of
-from ..pieces import Box, Flat, Piece, Pieces, cut_interval
+from ..pieces import Box, Flat, Piece, Pieces
 from .collectives import Ranks
 from .layout import Layout
 
@@ -37,7 +37,14 @@ class Held:
         self.whole = layout.kind == "whole"
         self.interval = layout.interval(param, rank)
         self.owned = not self.whole or layout.owner(param) == rank
+        self._layout, self._param, self._rank = layout, param, rank
         self._boxes = layout.boxes(param, rank)
+
+    def boxes(self, shape: tuple[int, ...]) -> list[Box]:
+        """The boxes that this rank holds of a state of `shape`, see `Layout.boxes`."""
+        if shape == self.spec.whole:
+            return list(self._boxes)
+        return self._layout.boxes(self._param, self._rank, shape)
 
     def is_cut(self, value: Any) -> bool:
         """Whether a held value is this rank's part of something shaped like the parameter."""
@@ -52,18 +59,20 @@ class Held:
         """A held value as the state dict shows it: pieces of what is distributed, the rest as it is."""
         spec = self.spec
         if self.is_cut(value):
-            pieces = cut_interval(spec.name, spec.shape, *self.interval, value)
-            if spec.part is None and not self.copy:
-                return Pieces(pieces)
-            return Pieces(
-                Piece(spec.name, spec.whole, piece.box.inside(spec.box), piece.data, self.copy) for piece in pieces
-            )
+            return Pieces(Piece(spec.name, spec.whole, box, part, self.copy) for box, part in self._cut(value))
         if self.whole and isinstance(value, Tensor) and value.ndim:
             shape = tuple(value.shape)
             if shape == spec.shape:
                 return Pieces([Piece(spec.name, spec.whole, spec.box, value, self.copy)])
             return Pieces([Piece(spec.name, shape, Box.whole(shape), value, self.copy)])
         return value
+
+    def _cut(self, flat: Tensor) -> Iterator[tuple[Box, Tensor]]:
+        """This rank's boxes, each with its view of the held interval."""
+        at = 0
+        for box in self._boxes:
+            yield box, flat[at : at + box.numel].view(box.shape)
+            at += box.numel
 
     def take(self, key: str, value: Any, like_param: bool) -> Any:
         """A value of a state dict (a whole tensor or this rank's pieces of one) as it is held.

@@ -11,6 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class Box:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.shape):
             raise ValueError(f"a box needs one offset per dimension, got offset {self.offset} and shape {self.shape}")
-        if any(n < 0 for n in (*self.offset, *self.shape)):
+        if min((*self.offset, *self.shape), default=0) < 0:
             raise ValueError(f"a box has no negative numbers, got offset {self.offset} and shape {self.shape}")
 
     @classmethod
@@ -144,7 +145,11 @@ def interval_boxes(shape: Shape | torch.Size, start: int, stop: int) -> list[Box
     At most `2 * len(shape) - 1` boxes. Each is contiguous in the flattened tensor, and so is their sequence: the data
     of the interval, cut at the boxes' sizes, is the data of the boxes.
     """
-    shape = tuple(shape)
+    return list(_interval_boxes(tuple(shape), start, stop))
+
+
+@lru_cache(maxsize=1 << 12)  # all states of a parameter are cut alike
+def _interval_boxes(shape: Shape, start: int, stop: int) -> list[Box]:
     if not 0 <= start <= stop <= math.prod(shape):
         raise ValueError(f"the interval {start}:{stop} is not inside a tensor of shape {shape}")
     if start == stop:

@@ -38,7 +38,7 @@ random moment of the first to third save; the next round saves the lost step aga
 Each time the newest checkpoint was loaded: it was whole, and the step whose save was interrupted or the one before.
 Each rank that survived raised an error.
 
-| storage | rounds | the new step | the one before | mixed or lost | errors on survivors | slowest | minutes |
+| storage | rounds | the new step | the one before | mixed or lost | errors on survivors | slowest error | minutes |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 FLIPS = """

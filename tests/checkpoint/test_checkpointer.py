@@ -16,6 +16,7 @@ from torch import nn
 from fastopt import Adam
 from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, steps, storage
 from fastopt.checkpoint.manifest import from_bytes
+from fastopt.checkpoint.staging import Staging
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
@@ -107,7 +108,7 @@ def test_an_error_is_logged_at_once_and_raised_by_the_next_call(
     checkpoints.save(1, model=model)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_write", full)
+        patch.setattr(storage, "write", full)
         for again in (checkpoints.wait, checkpoints.latest, lambda: checkpoints.save(3, model=model)):
             caplog.clear()
             checkpoints.save(2, model=model)
@@ -131,8 +132,8 @@ def test_the_process_waits_for_a_save_before_it_ends(tmp_path: Path) -> None:
     program = f"""
 import time, torch
 from fastopt.checkpoint import Checkpointer, storage
-write = storage._write
-storage._write = lambda *args: (time.sleep(0.5), write(*args))
+write = storage.write
+storage.write = lambda *args: (time.sleep(0.5), write(*args))
 Checkpointer({str(tmp_path)!r}).save(1, model=torch.nn.Linear(3, 3))
 assert not list({str(tmp_path)!r} and __import__("pathlib").Path({str(tmp_path)!r}).glob("*/manifest.json"))
 """
@@ -153,12 +154,12 @@ def test_without_a_checkpoint_there_is_nothing_to_load(tmp_path: Path) -> None:
             Checkpointer(tmp_path, **wrong)
 
 
-def in_the_background(rank: int, world: int, root: str) -> Any:
+def in_the_background(rank: int, world: int, root: str, fault: str) -> Any:
     """Some saves of a sharded job, each while it goes on, one of which fails on one rank; what is loaded at the end."""
     model = Small()
     opt = shard(Adam([(name, p) for name, p in model.named_parameters()], lr=0.01), model)
     wanted, texts = None, []
-    original = storage._write
+    original = storage.write
 
     def held() -> Any:
         return bits(dict(model.state_dict())), [bits(dict(opt.state[p])) for p in model.parameters()]
@@ -166,11 +167,18 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
     def full(handle: int, views: Any) -> None:
         raise OSError(28, "No space left on device")
 
+    def no_room(self: Any, items: Any) -> Any:
+        raise MemoryError("no room for copies")
+
+    copy = Staging.copy
     with Checkpointer(root, keep_last=2) as checkpoints:
         for step in range(1, 6):
             train(model, opt, steps=1)
             if step == 4 and rank == world - 1:
-                storage._write = full
+                if fault == "disk":
+                    storage.write = full
+                else:
+                    Staging.copy = no_room  # type: ignore[method-assign]
             try:
                 checkpoints.save(step, model=model, opt=opt)
                 if step == 3:
@@ -181,17 +189,26 @@ def in_the_background(rank: int, world: int, root: str) -> Any:
                 texts.append(str(error))
             finally:
                 checkpoints._thread and checkpoints._thread.join()
-                storage._write = original
+                storage.write, Staging.copy = original, copy  # type: ignore[method-assign]
         checkpoints.wait()
         checkpoints.load(model=model, opt=opt, step=3)
     return texts, held() == wanted
 
 
-def test_ranks_save_in_the_background_and_hear_of_each_others_errors(ranks: Ranks, tmp_path: Path) -> None:
-    results = ranks(2).run(in_the_background, str(tmp_path))
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("disk", "OSError while writing the checkpoint: [Errno 28] No space left on device"),
+        ("staging", "MemoryError while writing the checkpoint: no room for copies"),
+    ],
+)
+def test_ranks_save_in_the_background_and_hear_of_each_others_errors(
+    fault: str, text: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    results = ranks(2).run(in_the_background, str(tmp_path), fault)
     assert [same for _, same in results] == [True, True]
     assert results[0] == results[1]
-    assert results[0][0] == ["rank 1: OSError while writing the checkpoint: [Errno 28] No space left on device"]
+    assert results[0][0] == [f"rank 1: {text}"]
     assert steps(tmp_path) == [3, 5]
 
 

@@ -228,7 +228,7 @@ def test_a_failed_save_leaves_nothing_and_the_one_before(tmp_path: Path, monkeyp
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "_write", full)
+        patch.setattr(storage, "write", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
             save(tmp_path, step=2, model=nn.Sequential(*(nn.Linear(30, 30) for _ in range(9))))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +20,7 @@ from fastopt.checkpoint import load, save
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
+from .test_cli import fastopt
 
 Ranks = Callable[[int], RankPool]
 MAKE: dict[str, Callable[..., Optimizer]] = {"adam": Adam, "lamb": Lamb}
@@ -84,12 +87,22 @@ def same(got: dict[str, Any], want: dict[str, Any]) -> None:
         assert torch.equal(torch.as_tensor(got[key]), torch.as_tensor(value)), key
 
 
+def exported(url: str, to: Path, want: dict[str, Any]) -> None:
+    """What ranks saved in parts becomes a folder that Hugging Face's libraries read: every weight, whole."""
+    fastopt("checkpoint", "export-hf", url, to)
+    index = json.loads((to / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index) == {name for name in want if " of " not in name}
+    for name, file in index.items():
+        assert torch.equal(load_file(to / file)[name], want[name]), name
+
+
 def test_from_two_ranks_to_one_process_three_ranks_and_back(ranks: Ranks, tmp_path: Path) -> None:
     for name in MAKE:
         root = tmp_path / name
         first = [str(root / folder) for folder in ("two", "one", "three", "zero")]
         _, two = ranks(2).run(job, "fully_shard", name, None, range(3), first[0])[0]
 
+        exported(first[0], root / "hf", two)
         loaded, one = job(0, 1, "plain", name, first[0], range(3, 5), first[1])
         same(loaded, two)
         loaded, _ = ranks(2).run(job, "fully_shard", name, first[1], range(0), None)[1]

@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 from fastopt.checkpoint import save
 from fastopt.checkpoint.values import decode, encode
@@ -140,3 +141,13 @@ def test_torch_reads_and_reshards_them(folder: Path) -> None:
     dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     for key, tensor in whole.items():
         assert torch.equal(into[key], tensor), key
+
+
+def test_torch_merges_them(folder: Path, tmp_path: Path) -> None:
+    whole = {key: tensor for key, tensor in expected().items() if tensor.ndim and math.prod(tensor.shape)}
+    (tmp_path / "to").mkdir()
+    consolidate_safetensors_files(str(folder), str(tmp_path / "to"), dict.fromkeys(whole, 1))
+    (merged,) = (tmp_path / "to").glob("*.safetensors")
+    with safe_open(merged, "pt") as opened:
+        for key, tensor in whole.items():
+            assert torch.equal(opened.get_tensor(key), tensor), key

@@ -251,13 +251,13 @@ def save_with_fault(rank: int, world: int, root: str, fault: str) -> None:
     """A save during which one rank fails."""
     model, opt, schedule = adam_job()
     train(model, opt, schedule)
-    original = storage._write, storage.LocalStorage.publish
+    original = storage.write, storage.LocalStorage.publish
     if fault == "disk" and rank == 1:
 
         def full(handle: int, chunk: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        storage._write = full
+        storage.write = full
     elif fault == "extra" and rank == world - 1:
         schedule = {}.get  # type: ignore[assignment]
     elif fault == "manifest":
@@ -269,7 +269,7 @@ def save_with_fault(rank: int, world: int, root: str, fault: str) -> None:
     try:
         save(root, step=2, model=model, opt=opt, scheduler=schedule)
     finally:
-        storage._write, storage.LocalStorage.publish = original  # type: ignore[method-assign]
+        storage.write, storage.LocalStorage.publish = original  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(
@@ -416,14 +416,14 @@ def die_while_saving(rank: int, world: int, root: str) -> str:
     """Rank 1 is killed in the middle of a file."""
     model, opt, schedule = adam_job()
     train(model, opt, schedule)
-    original = storage._write
+    original = storage.write
 
     def dies(handle: int, views: list[memoryview]) -> None:
         original(handle, [view[: len(view) // 2] for view in views[-1:]])
         os.kill(os.getpid(), signal.SIGKILL)
 
     if rank == 1:
-        storage._write = dies
+        storage.write = dies
     return raises(rank, world, lambda *_: save(root, step=2, model=model, opt=opt))
 
 

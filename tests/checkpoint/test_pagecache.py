@@ -13,7 +13,7 @@ from torch import nn
 
 from fastopt import Adam
 from fastopt.checkpoint import CheckpointError, load, pagecache, save, storage
-from fastopt.checkpoint.pagecache import cached, stretches
+from fastopt.checkpoint.pagecache import cached, in_page_cache, stretches
 
 from ..ranks import RankPool
 from .jobs import Small, bits, data_files, train
@@ -38,10 +38,9 @@ def test_any_range_is_seen_in_windows(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_chunks_are_written_in_stretches_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pagecache, "_STRETCH", 10)
     monkeypatch.setattr(pagecache, "_VIEWS", 3)
     chunks = [b"abc", b"", b"defghijklmnopqrstuvwxyz", b"01", b"2", b"3", b"4"]
-    found = [b"".join(views) for views in stretches(chunks)]
+    found = [b"".join(views) for views in stretches(chunks, 10)]
     assert b"".join(found) == b"".join(chunks)
     assert [len(each) for each in found] == [10, 10, 9, 1, 1]
 
@@ -55,12 +54,13 @@ def test_both_ways_of_reading_give_the_same(in_place: bool, tmp_path: Path, monk
     wanted = bits([dict(opt.state[p]) for p in model.parameters()]), bits(dict(model.state_dict()))
     calls: list[bool] = []
 
-    def look(*args: Any) -> Any:
-        found = cached(*args) if len(calls) < looked else None
-        calls.append(found is not None)
+    def look(*args: Any) -> bool:
+        found = len(calls) < looked and in_page_cache(*args)
+        calls.append(found)
         return found
 
-    monkeypatch.setattr(storage, "cached", look)
+    for module in (storage, pagecache):
+        monkeypatch.setattr(module, "in_page_cache", look)
     for looked in (0, 1 << 30, 2):
         train(model, opt, steps=1)
         calls.clear()

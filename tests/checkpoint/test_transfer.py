@@ -257,25 +257,3 @@ def test_the_loss_scaler_and_the_position_in_the_data_come_back(ranks: Ranks, tm
     save(tmp_path / "none", step=1, model=nn.Linear(1, 1))
     with pytest.raises(CheckpointError, match="it holds no scaler"):
         load(tmp_path / "none", scaler=torch.amp.GradScaler("cpu"))
-
-
-@pytest.mark.parametrize("in_cache", [True, False])
-def test_a_file_that_is_lost_between_verifying_and_reading_is_told(
-    in_cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fastopt.checkpoint import loading
-
-    model = Small()
-    save(tmp_path, step=1, model=model)
-    verify = loading.verify
-
-    def then_lost(*args: Any) -> Any:
-        stamps = verify(*args)
-        damage(tmp_path / "step-00000001", "model")
-        return stamps
-
-    monkeypatch.setattr(loading, "verify", then_lost)
-    if not in_cache:
-        monkeypatch.setattr("fastopt.checkpoint.storage.cached", lambda *_: None)
-    with pytest.raises(CheckpointError, match=r"partly loaded, load them again: .*(is damaged|was changed)"):
-        load(tmp_path, model=model, staging=0)

@@ -14,13 +14,14 @@ import xxhash
 from fastopt.checkpoint import CheckpointError, latest, load, prune, save, verify
 from fastopt.checkpoint.manifest import VERSION
 
-from .fixtures.make import FOLDER, content, job, numbers
+from .fixtures.make import FOLDER, content, job, numbers, states_of
 
-FIXTURES = sorted(FOLDER.glob("v*"))
+FIXTURES = [*sorted(FOLDER.glob("v*")), *sorted(FOLDER.glob("sharded-v*"))]
 
 
 def test_there_is_a_fixture_of_every_version() -> None:
-    assert [path.name for path in FIXTURES] == [f"v{number}" for number in range(1, VERSION + 1)]
+    versions = range(1, VERSION + 1)
+    assert [path.name for path in FIXTURES] == [f"{kind}v{number}" for kind in ("", "sharded-") for number in versions]
 
 
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.name)
@@ -31,9 +32,10 @@ def test_it_loads_bit_for_bit(fixture: Path, tmp_path: Path) -> None:
     found = load(tmp_path / "run", model=model, opt=opt, scheduler=scheduler)
     about = json.loads((fixture / "content.json").read_text())
     assert torch.rand(3).tolist() == about.pop("random")
-    assert numbers(opt, scheduler) == about
+    states = states_of(model, opt)
+    assert numbers(states, opt, scheduler) == about
     assert (found.step, found.extra) == (3, {"note": "\u00e9", "at": 0.1})
-    now, wanted = content(model, opt), np.load(fixture / "content.npz")
+    now, wanted = content(model, states), np.load(fixture / "content.npz")
     assert sorted(now) == sorted(wanted)
     for key in wanted:
         assert now[key].tobytes() == wanted[key].tobytes(), key

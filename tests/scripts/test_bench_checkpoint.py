@@ -29,6 +29,8 @@ def test_everybody_has_saved_and_loaded(result: dict[str, Any]) -> None:
     for name in ("raw", "torch.save", "DCP", "DCP HF", "fastopt"):
         assert result[f"{name} save"]["seconds"] > 0
         assert result[f"{name} load"]["seconds"] > 0
+    for way in (" in place", ", checked during", " by copies"):
+        assert result[f"fastopt load{way}"]["seconds"] > 0
     assert result["raw save"]["of floor"] == 1
 
 

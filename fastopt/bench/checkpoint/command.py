@@ -7,7 +7,9 @@
 The state is that of Adam for GPT-2 small: float32 masters and two averages of 148 parameters, 1.49 GB, on two ranks.
 All competitors take turns within each round; the times are medians over the rounds, of the slower rank. `floor` is
 os.write of the same bytes and fsync, and reading them back. Memory is the growth of the peak resident size during the
-operation, in units of one rank's bytes; `fastopt load` drops the states that were there and makes new ones.
+operation, in units of one rank's bytes. `fastopt load in place` is the default where states are there already: it
+checks all before it changes any; `checked during` is `check="during"`; `by copies` is that with memory for copies;
+`fastopt load` drops the states that were there and makes new ones.
 Run it on a machine that does nothing else: two busy cores make the times of everything meaningless.
 `--only stall` measures nothing but how long an asynchronous save holds the loop.
 

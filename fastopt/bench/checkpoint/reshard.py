@@ -107,6 +107,7 @@ def loads(settings: Settings, opt: Adam, total: int, ours: Path, theirs: Path, p
         "raw": (read_both, 0),
         "DCP": (lambda: module.load(state, storage_reader=module.FileSystemReader(theirs)), 0),
         "fastopt in place": (lambda: load(ours, opt=opt, staging=0, rng=False), 0),
+        "fastopt, checked during": (lambda: load(ours, opt=opt, check="during", rng=False), 0),
         "fastopt by copies": (lambda: load(ours, opt=opt, staging=1 << 60, rng=False), 0),
         "raw, new memory": (lambda: read_raw(files[0], [torch.empty(total // 8)]), total // 2),
         "fastopt": (load_anew, 0),

@@ -34,6 +34,7 @@ def rounds(settings: Settings, rows: dict[str, Any]) -> None:
         if name == "fastopt":
             note("fastopt save", measured(lambda: save(place, step=1, opt=opt)))
             note("fastopt load in place", measured(lambda: load(place, opt=opt, staging=0)))
+            note("fastopt load, checked during", measured(lambda: load(place, opt=opt, check="during")))
             note("fastopt load by copies", measured(lambda: load(place, opt=opt, staging=1 << 60)))
             note("fastopt load", measured(lambda: (opt.clear_state(), load(place, opt=opt))))
             return
