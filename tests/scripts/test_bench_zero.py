@@ -124,6 +124,8 @@ def test_collectives_with_lists_of_tensors_take_the_dtype_from_the_backend() -> 
     found = trace.wire(events, world_size=4)
     assert found.collectives == 2
     assert found.sent == pytest.approx(3 / 4 * (2 * 30 * 2 + 8 * 4))
+    events[0]["args"] = {"Input Dims": [[7]], "Input type": ["c10::BFloat16"]}  # of another one
+    assert trace.wire(events, world_size=4).sent is None
 
 
 def test_what_goes_wrong_in_a_package_is_one_line_even_where_it_says_nothing() -> None:

@@ -25,7 +25,7 @@ class Row:
         host_ms: until an iteration has been enqueued, the device idle before.
         resident_bytes: between iterations; None on the CPU.
         peak_bytes: in an iteration; None on the CPU.
-        sent_bytes: by a rank in an iteration, see `trace.wire`.
+        sent_bytes: by a rank in an iteration, see `trace.wire`; None where that does not know.
         collectives: in an iteration.
         kernels: where the device's time goes; None unless profiled.
     """
@@ -36,7 +36,7 @@ class Row:
     host_ms: float
     resident_bytes: int | None
     peak_bytes: int | None
-    sent_bytes: float
+    sent_bytes: float | None
     collectives: int
     kernels: Kernels | None = None
     ours_ms: float | None = None
@@ -105,9 +105,10 @@ def line(row: Row) -> str:
     """The line of the table for a row."""
     memory = (f"{n / GIB:.2f}" if n is not None else "" for n in (row.resident_bytes, row.peak_bytes))
     of_ours = f"{row.iteration_ms / row.ours_ms:.3f}" if row.ours_ms else ""
+    sent = "" if row.sent_bytes is None else f"{row.sent_bytes / 1e9:.3f}"
     return (
         f"| {row.who} | {row.iteration_ms:.2f} | {row.iteration_ms / row.compute_ms:.3f} | {of_ours} "
-        f"| {row.exposed_ms:.2f} | {row.host_ms:.1f} | {' | '.join(memory)} | {row.sent_bytes / 1e9:.3f} "
+        f"| {row.exposed_ms:.2f} | {row.host_ms:.1f} | {' | '.join(memory)} | {sent} "
         f"| {row.collectives} |"
     )
 

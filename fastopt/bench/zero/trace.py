@@ -55,9 +55,12 @@ _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass
 class Wire:
-    """Bytes that leave a rank, on average over the ranks, and the number of collectives, of one iteration."""
+    """Bytes that leave a rank, on average over the ranks, and the number of collectives, of one iteration.
 
-    sent: float
+    The bytes are None where the trace does not tell the dtype of a collective.
+    """
+
+    sent: float | None
     collectives: int
 
 
@@ -103,20 +106,22 @@ def events_in(path: Path) -> list[Event]:
 def wire(events: Iterable[Event], world_size: int) -> Wire:
     """What the collectives in `events` send.
 
-    Lists of tensors come without a dtype: it is taken from the backend's own event of as many elements.
+    Lists of tensors come without a dtype: it is taken from the backend's own event of as many elements, if there is one.
     """
     events = [event for event in events if event.get("args")]
     item_bytes = _item_bytes(events)
     sent, collectives = 0.0, 0
+    known = True
     for event in events:
         if event["name"] in _COLLECTIVES:
             argument, times = _COLLECTIVES[event["name"]]
             dims, kind = event["args"]["Input Dims"][argument], event["args"]["Input type"][argument]
             for each in _tensors(dims):
-                size = _ITEM_BYTES[kind] if kind in _ITEM_BYTES else item_bytes.get(_product(each), 4)
+                size = _ITEM_BYTES.get(kind) or item_bytes.get(_product(each), 0)
+                known = known and (size > 0 or _product(each) == 0)
                 sent += times * _product(each) * size * (world_size - 1) / world_size
             collectives += 1
-    return Wire(sent, collectives)
+    return Wire(sent if known else None, collectives)
 
 
 def _item_bytes(events: Iterable[Event]) -> dict[int, int]:
