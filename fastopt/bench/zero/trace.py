@@ -106,7 +106,7 @@ def events_in(path: Path) -> list[Event]:
 def wire(events: Iterable[Event], world_size: int) -> Wire:
     """What the collectives in `events` send.
 
-    Lists of tensors come without a dtype: it is taken from the backend's own event of as many elements, if there is one.
+    Lists of tensors come without a dtype: it is that of the backend's own event of as many elements, if there is one.
     """
     events = [event for event in events if event.get("args")]
     item_bytes = _item_bytes(events)
