@@ -137,8 +137,12 @@ def test_areal_1468_moments_are_not_dropped_in_silence(tmp_path: Path) -> None:
         load(str(tmp_path), model=opt.model, opt=opt)
 
 
+def layers() -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(4, 4) for _ in range(60))
+
+
 def moved(rank: int, world_size: int, groups: int) -> list[str]:
-    model = nn.ModuleList(nn.Linear(4, 4) for _ in range(60))
+    model = layers()
     params = list(model.parameters())
     size = len(params) // groups
     cut = [params[i * size : (i + 1) * size] for i in range(groups)]
