@@ -1,4 +1,4 @@
-"""The complaints about other sharded optimizers, over NCCL on two GPUs: the cases of tests/distributed, placed there."""
+"""Complaints about other sharded optimizers, over NCCL on two GPUs: the cases of tests/distributed, placed there."""
 
 from __future__ import annotations
 
