@@ -48,6 +48,7 @@ def _as_main(
     rank: int, world_size: int, argv: list[str], cwd: str, port: int | None, environ: dict[str, str], check: bool
 ) -> tuple[int, str]:
     """The exit code and the output of the script on this rank."""
+    dist.barrier()  # a rank that is still connecting would find the connection closed
     dist.destroy_process_group()
     seat = {name: os.environ.pop(name) for name in _OF_RANKS}
     os.environ.update(environ)
