@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,35 @@ os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
 
 from .ranks import RankPool
+
+TESTS = Path(__file__).resolve().parent
+
+
+#: Modules that take the longest. They run first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "scripts/test_job_runs.py",
+    "checkpoint/test_cli.py",
+    "test_packaging.py",
+    "scripts/test_bench_zero.py",
+    "checkpoint/test_every_optimizer.py",
+    "scripts/test_job_demo.py",
+    "scripts/test_bench_checkpoint.py",
+    "docs/test_site.py",
+    "distributed/test_parity.py",
+    "fastopt/test_parts.py",
+    "distributed/test_in_backward.py",
+    "test_ranks.py",
+    "distributed/test_models.py",
+    "checkpoint/test_killed.py",
+    "scripts/test_job_ranks.py",
+    "doctor/test_doctor.py",
+    "test_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {str(TESTS / name): number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(str(item.path), len(LONG)))
 
 
 @pytest.fixture(scope="module")

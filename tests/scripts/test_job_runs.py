@@ -16,7 +16,7 @@ from fastopt import checkpoint
 
 from .jobs import TINY, Job, events_in, losses_in, steps_in, write_text
 
-STEPS = 160
+STEPS = 120
 PATIENCE = 150
 
 
@@ -38,7 +38,7 @@ class Place:
     def start(self, *flags: str, **options: object) -> Job:
         """The job that all tests of this module run, with further flags."""
         files = ["--data", str(self.text), "--metrics", str(self.metrics), "--checkpoint", str(self.checkpoints)]
-        steps = ["--steps", str(STEPS), "--every", "20", "--plot", "", "--val-every", "80", "--unfreeze-at", "15"]
+        steps = ["--steps", str(STEPS), "--every", "20", "--plot", "", "--val-every", "60", "--unfreeze-at", "15"]
         return Job.start(self.folder, *TINY, *files, *steps, "--freeze-to", "1", *flags, **options)  # type: ignore[arg-type]
 
 
@@ -134,7 +134,7 @@ def test_one_process_draws_and_tells(place: Place, undisturbed: Place):
     assert (place.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses_in(place.metrics) == pytest.approx(losses_in(undisturbed.metrics), rel=2e-3)
     lines = steps_in(place.metrics)
-    assert [step for step, line in lines.items() if line["val_bpb"] is not None] == [80, 160]
+    assert [step for step, line in lines.items() if line["val_bpb"] is not None] == [60, 120]
     assert lines[1]["frozen"] == [True, False, False]
     assert lines[16]["frozen"] == [False, False, False]
     (end,) = events_in(place.metrics, "end")
