@@ -210,7 +210,8 @@ def test_without_arguments_all_checks_run_and_a_failed_one_is_named(checkout: Ch
     contract = checkout.root / ".venv" / "bin" / "lint-imports"
     process = checkout.start("test", "")  # an empty argument is one for pytest
     assert process.communicate(timeout=60)[0] == "ran -m pytest \n"
-    for code, verdict in ((0, "ran -m pytest -n auto --dist loadfile --no-loadscope-reorder\n"), (1, "failed: [import contract]\n")):
+    everything = "ran -m pytest -n auto --dist loadfile --no-loadscope-reorder\n"
+    for code, verdict in ((0, everything), (1, "failed: [import contract]\n")):
         contract.write_text(f"#!/bin/sh\nexit {code}\n")
         contract.chmod(0o755)
         done = subprocess.run(
