@@ -57,6 +57,7 @@ def main(seat: Seat, tasks: Connection) -> None:
     os.setsid()  # a process group of its own: the pool kills it together with whatever `fn` has started
     _write_into(seat.log)
     faulthandler.enable()
+    torch._C._set_print_stack_traces_on_fatal_signal(True)  # of C++ threads, too, such as those of Gloo
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
     threading.Thread(target=_die_with_the_pool, daemon=True).start()
     os.environ.update(

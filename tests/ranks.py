@@ -38,7 +38,7 @@ from .rank_process import Raised, Returned, Seat
 GRACE = 2.0
 """Seconds that the other ranks get after the first failure; often they fail too, and say more about it."""
 
-SHOWN = 20_000
+SHOWN = 40_000
 """Characters of each rank's output in a failure, counted from the end."""
 
 # A fresh interpreter needs four seconds for torch, on each rank. A fork server has imported it once (in a process with

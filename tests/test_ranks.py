@@ -162,6 +162,14 @@ def test_the_death_of_a_rank_is_told(how: signal.Signals) -> None:
         run_ranks(dies_on, 2, 1, how, timeout=60)
 
 
+def test_a_crash_shows_the_stacks_of_all_threads() -> None:
+    """Also of those that know nothing of Python, as Gloo's."""
+    with pytest.raises(RanksFailed) as failure:
+        run_ranks(dies_on, 2, 1, signal.SIGSEGV, timeout=60)
+    assert "in dies_on" in str(failure.value)
+    assert "gloo::transport::tcp::Loop::run" in str(failure.value)
+
+
 def test_an_exit_is_a_failure() -> None:
     with pytest.raises(RanksFailed, match="raised SystemExit: 3"):
         run_ranks(leaves, 1)
