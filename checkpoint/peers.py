@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from .errors import CheckpointError
+from .messages import from_all, from_first, to_first
 
 # [Note: nobody waits]
 # Every rank enters the same collectives in the same order, whatever goes wrong locally. So everything that can fail
@@ -57,9 +58,8 @@ class Peers:
                     caught if isinstance(caught, CheckpointError) else CheckpointError(_text(doing, caught))
                 ) from caught
             return [cast(T, own)]
-        results: list[Any] = [None] * self.size
-        record = (own, None if caught is None else _text(doing, caught))
-        self._collective(doing, lambda: dist.all_gather_object(results, record, group=self._group))
+        group, record = self._group, (own, None if caught is None else _text(doing, caught))
+        results = self._collective(doing, lambda: from_all(record, group, self.size))
         self._raise([error for _, error in results], caught)
         return [result for result, _ in results]
 
@@ -71,10 +71,9 @@ class Peers:
         if self._group is None:
             return self.agree(doing, lambda: then([work()]))[0]
         own, caught = _attempt(work)
-        record = (own, None if caught is None else _text(doing, caught))
-        records: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        self._collective(doing, lambda: dist.gather_object(record, records, group=self._group, group_dst=0))
-        outcome: list[Any] = [None]
+        group, record = self._group, (own, None if caught is None else _text(doing, caught))
+        records = self._collective(doing, lambda: to_first(record, group, self.size))
+        outcome = None
         if records is not None:
             errors = [error for _, error in records]
             answer, at_first = None, None
@@ -82,9 +81,8 @@ class Peers:
                 answer, at_first = _attempt(lambda: then([result for result, _ in records]))
                 errors[0] = None if at_first is None else _text(doing, at_first)
                 caught = caught or at_first
-            outcome = [(answer, errors)]
-        self._collective(doing, lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
-        answer, errors = outcome[0]
+            outcome = (answer, errors)
+        answer, errors = self._collective(doing, lambda: from_first(outcome, group))
         self._raise(errors, caught)
         return answer
 
@@ -93,15 +91,14 @@ class Peers:
         if self._group is None:
             return self.agree(doing, work)[0]
         own, caught = _attempt(work) if self.rank == 0 else (None, None)
-        outcome: list[Any] = [(own, None if caught is None else _text(doing, caught))]
-        self._collective(doing, lambda: dist.broadcast_object_list(outcome, group=self._group, group_src=0))
-        answer, error = outcome[0]
+        group, outcome = self._group, (own, None if caught is None else _text(doing, caught))
+        answer, error = self._collective(doing, lambda: from_first(outcome, group))
         self._raise([error, *[None] * (self.size - 1)], caught)
         return cast(T, answer)
 
-    def _collective(self, doing: str, call: Callable[[], Any]) -> None:
+    def _collective(self, doing: str, call: Callable[[], Any]) -> Any:
         try:
-            call()
+            return call()
         except Exception as error:
             text = f"rank {self.rank} lost touch with the others while {doing}: {error}"
             raise LostContact(text) from error

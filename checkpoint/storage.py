@@ -29,7 +29,7 @@ T = TypeVar("T")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 _COMPARED = 16 << 20  # bytes read at once when an object is compared
 _STRETCH = 16 << 20  # bytes written at once
-_IN_CACHE = 512 << 10  # bytes read at once: a processor's second-level cache still has them when they are looked at
+_IN_CACHE = 1 << 20  # bytes read at once: a processor's second-level cache still has them when they are looked at
 
 
 class Storage(Protocol):
