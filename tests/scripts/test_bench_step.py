@@ -75,7 +75,16 @@ def test_a_package_that_is_not_there_is_a_note(written: Path) -> None:
         assert is_there == (f"{name} is not installed here: no rows." not in notes)
 
 
-def test_a_wrong_name_is_told(tmp_path: Path) -> None:
-    done = run_script(SCRIPT, "--models", "huge", cwd=tmp_path, check=False)
+@pytest.mark.parametrize(
+    ("option", "value", "sentence"),
+    [("--models", "huge", "'huge' is none of llama-1.3b"), ("--compile", "tiny:Atom", "'tiny:Atom' is no MODEL:RULE")],
+)
+def test_a_wrong_name_is_told(option: str, value: str, sentence: str, tmp_path: Path) -> None:
+    done = run_script(SCRIPT, option, value, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "--models: 'huge' is none of llama-1.3b" in done.stdout
+    assert f"{option}: {sentence}" in done.stdout
+
+
+def test_rows_that_there_was_no_time_for_are_a_note(tmp_path: Path) -> None:
+    run_script(SCRIPT, *QUICK, "--limit", "0", "--out", tmp_path / "step.json", cwd=tmp_path)
+    assert "Out of time: rows of tiny from Adam in 1 groups on are missing." in (tmp_path / "step.md").read_text()

@@ -4,8 +4,9 @@
     fastopt bench step --models llama-1.3b --rules Adam,Lamb
     fastopt bench step --chart step-h200.json -o step.svg
 
-Every optimizer of a row steps the same parameters and gradients, in turns; times are medians over the rounds. What the
-columns mean is in docs/benchmarks/step.md. For rows of HeavyBall and pytorch-optimizer:
+Every optimizer of a row steps the same parameters and gradients, in turns; times are medians over the rounds. Each
+model has a process of its own, so that none depends on what ran before. What the columns mean is in
+docs/benchmarks/step.md. For rows of HeavyBall and pytorch-optimizer:
 
     pip install --no-deps --target .peers heavyball pytorch-optimizer opt-einsum
     fastopt bench step --peers .peers
@@ -25,6 +26,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -37,7 +41,7 @@ from .clock import Clock, copy_bandwidth
 from .first import CACHES, first_step, time_first_step
 from .measuring import Settings, measure, plan
 from .models import MODELS
-from .results import Result
+from .results import Result, Row
 
 DEFAULT_MODELS = {
     "cuda": "llama-1.3b,resnet-50,vit-b,small-1000,mixed-10000",
@@ -61,7 +65,12 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long each optimizer is timed")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no row is started")
     parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
-    parser.add_argument("--compile-up-to", type=int, default=250, metavar="TENSORS", help="for packages that compile")
+    parser.add_argument(
+        "--compile",
+        default="llama-1.3b:Adam",
+        metavar="MODEL:RULE,...",
+        help="rows with packages that compile for minutes",
+    )
     parser.add_argument("--no-loop", action="store_true", help="do not time the callbacks one by one")
     parser.add_argument("--no-first", action="store_true", help="do not time the first steps of fresh processes")
     parser.add_argument("--first-step", metavar="RULE", help="print the milliseconds of one first step, no more")
@@ -73,6 +82,10 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     for name, known in (("models", MODELS), ("rules", rivals.RULES)):
         if unknown := [value for value in getattr(args, name) if value not in known]:
             parser.error(f"--{name}: {unknown[0]!r} is none of {', '.join(known)}")
+    try:
+        args.compile = frozenset(_pair(text) for text in filter(None, args.compile.split(",")))
+    except ValueError as error:
+        parser.error(f"--compile: {error}")
     if args.device == "cuda" and not args.chart and not torch.cuda.is_available():
         parser.error("--device cuda: here is no CUDA device")
     if args.chart and not args.out:
@@ -83,6 +96,13 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
         except (OSError, ValueError) as error:
             parser.error(f"--chart: {error}")
     return args
+
+
+def _pair(text: str) -> tuple[str, str]:
+    model, _, rule = text.partition(":")
+    if model not in MODELS or rule not in rivals.RULES:
+        raise ValueError(f"{text!r} is no MODEL:RULE")
+    return model, rule
 
 
 def device_name(device: str) -> str:
@@ -103,30 +123,52 @@ def versions() -> dict[str, str]:
 
 def run(args: argparse.Namespace) -> Result:
     """Measure everything that was asked for; prints and writes it as it goes on."""
-    start = time.perf_counter()
-    clock = Clock(args.device)
-    settings = Settings(
-        args.device, copy_bandwidth(args.device, clock), args.rounds, args.seconds, args.compile_up_to, not args.no_loop
-    )
-    result = Result(device_name(args.device), versions(), settings.copy_gb_per_s, torch.get_num_threads())
-    print("\n".join(results.HEAD))
-    result.notes = rivals.notes(args.compile_up_to)
+    end = time.monotonic() + args.limit
+    copy = copy_bandwidth(args.device, Clock(args.device))
+    settings = Settings(args.device, copy, args.rounds, args.seconds, args.compile, not args.no_loop)
+    result = Result(device_name(args.device), versions(), copy, torch.get_num_threads())
+    print("\n".join(results.HEAD), flush=True)
+    result.notes = rivals.notes(args.compile)
     if any(len(MODELS[model]()) >= MANY for model in args.models):
         how = "compiled functions" if native.wait() is not None else "Python"
         result.notes.insert(0, f"fastopt: {how} looked where the tensors lie.")
     first = "resnet-50" if "resnet-50" in args.models else args.models[0]
-    for model, n_groups, rule in plan(args.models, args.rules):
-        if time.perf_counter() - start > args.limit:
-            result.notes.append(f"Stopped after {args.limit:.0f} s: rows from {rule} on {model} in {n_groups} on miss.")
-            break
-        rows = measure(model, n_groups, rule, clock, settings, result.notes)
+    for model in args.models:
+        rows, notes = in_a_process(model, args.rules, settings, end)
         result.rows += rows
-        print("\n".join(results.lines(rows)), flush=True)
-        if model == first and n_groups == 1 and rule in FIRST_RULES and not args.no_first:
-            result.first.append(first_step(model, rule, args.device))
+        result.notes += notes
+        if model == first and not args.no_first:
+            result.first = [first_step(model, rule, args.device) for rule in FIRST_RULES if rule in args.rules]
         if args.out:
             results.write(result, args.out)
     return result
+
+
+def in_a_process(model: str, rules: Sequence[str], settings: Settings, end: float) -> tuple[list[Row], list[str]]:
+    """All rows of a model, which a fresh process measures, and notes; no row is started after `end` (`time.monotonic`).
+
+    Raises:
+        RuntimeError: the process died.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(rows_of, model, rules, settings, end).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"the process that measured {model} died, what it printed may say why") from error
+
+
+def rows_of(model: str, rules: Sequence[str], settings: Settings, end: float) -> tuple[list[Row], list[str]]:
+    """All rows of a model, measured in this process; printed as they come."""
+    clock, rows, notes = Clock(settings.device), list[Row](), list[str]()
+    if len(MODELS[model]()) >= MANY:
+        native.wait()
+    for n_groups, rule in plan(model, rules):
+        if time.monotonic() > end:
+            return rows, [*notes, f"Out of time: rows of {model} from {rule} in {n_groups} groups on are missing."]
+        found = measure(model, n_groups, rule, clock, settings, notes)
+        print("\n".join(results.lines(found)), flush=True)
+        rows += found
+    return rows, notes
 
 
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -35,7 +35,7 @@ class Settings:
     Args:
         rounds: of turns; slow optimizers have fewer of them.
         seconds: about how long one optimizer steps in all its turns.
-        compile_up_to: tensors up to which packages that compile one graph of all of them take part.
+        compiled: models and rules for which packages that compile one graph of all tensors take part.
         loop: also time the callbacks as they are, one by one, where that is affordable.
     """
 
@@ -43,16 +43,14 @@ class Settings:
     copy_gb_per_s: float
     rounds: int = 15
     seconds: float = 0.5
-    compile_up_to: int = 250
+    compiled: frozenset[tuple[str, str]] = frozenset()
     loop: bool = True
 
 
-def plan(models: Sequence[str], rules: Sequence[str]) -> Iterator[tuple[str, int, str]]:
-    """What to measure: (model, groups, rule), one group first, with no more groups than there are tensors."""
-    n_tensors = {model: len(MODELS[model]()) for model in models}
-    yield from ((model, 1, rule) for model in models for rule in rules)
-    several = [(model, n) for model in models for n in (10, 500) if n <= n_tensors[model]]
-    yield from ((model, n, rule) for model, n in several for rule in rules)
+def plan(model: str, rules: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """What to measure on a model: (groups, rule), one group first, with no more groups than there are tensors."""
+    n_tensors = len(MODELS[model]())
+    yield from ((n, rule) for n in (1, 10, 500) if n == 1 or n <= n_tensors for rule in rules)
 
 
 def tensors_of(model: str, device: str) -> list[Tensor]:
@@ -97,7 +95,7 @@ def measure(model: str, n_groups: int, rule: str, clock: Clock, settings: Settin
     groups = split(tensors, n_groups)
     loop = settings.loop and n_groups == 1 and len(tensors) <= LOOP_UP_TO
     turns = []
-    for rival in rivals(rule, n_groups, len(tensors), loop, settings.compile_up_to):
+    for rival in rivals(rule, n_groups, loop, (model, rule) in settings.compiled):
         try:
             turns.append(_start(rival, groups, clock, settings))
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -78,12 +78,12 @@ class Rival:
     compiles: bool = False
 
 
-def rivals(rule: str, n_groups: int, n_tensors: int, loop: bool, compile_up_to: int) -> list[Rival]:
+def rivals(rule: str, n_groups: int, loop: bool, compiling: bool) -> list[Rival]:
     """Who is timed on a rule; those of packages that are not installed are left out, see `notes`.
 
     Args:
         loop: also the callbacks as they are, one by one.
-        compile_up_to: tensors up to which a package that compiles one graph of all of them takes part.
+        compiling: also packages that compile one graph of all tensors.
     """
     found = [Rival(OURS, partial(_ours, rule, None))]
     if rule in _TORCH:
@@ -95,17 +95,18 @@ def rivals(rule: str, n_groups: int, n_tensors: int, loop: bool, compile_up_to: 
         return found
     for package, rules in _PACKAGES.items():
         compiles = package == "heavyball"
-        if rule in rules and _installed(package) and not (compiles and n_tensors > compile_up_to):
+        if rule in rules and _installed(package) and (compiling or not compiles):
             found.append(Rival(NAMES[package], partial(_package, package, rule), compiles))
     return [*found, Rival(LOOP, partial(_ours, rule, "eager"))] if loop else found
 
 
-def notes(compile_up_to: int) -> list[str]:
-    """What is missing from the table, and why."""
+def notes(compiled: Iterable[tuple[str, str]]) -> list[str]:
+    """What is missing from the table, and why; `compiled` are the models and rules with packages that compile."""
     absent = [f"{NAMES[package]} is not installed here: no rows." for package in _PACKAGES if not _installed(package)]
     if not _installed("heavyball"):
         return absent
-    return [*absent, f"HeavyBall compiles one graph of all tensors: no rows with more than {compile_up_to} tensors."]
+    rows = ", ".join(sorted(f"{rule} on {model}" for model, rule in compiled)) or "nothing"
+    return [*absent, f"HeavyBall compiles one graph of all tensors, which takes minutes: {rows} only."]
 
 
 def versions() -> dict[str, str]:
