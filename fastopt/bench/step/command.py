@@ -25,7 +25,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -134,41 +134,44 @@ def run(args: argparse.Namespace) -> Result:
         result.notes.insert(0, f"fastopt: {how} looked where the tensors lie.")
     first = "resnet-50" if "resnet-50" in args.models else args.models[0]
     for model in args.models:
-        rows, notes = in_a_process(model, args.rules, settings, end)
-        result.rows += rows
-        result.notes += notes
+        for rows, notes in in_a_process(model, args.rules, settings, end):
+            result.rows += rows
+            result.notes += notes
+            print("".join(f"{line}\n" for line in results.lines(rows)), end="", flush=True)
+            if args.out:
+                results.write(result, args.out)
         if model == first and not args.no_first:
             result.first = [first_step(model, rule, args.device) for rule in FIRST_RULES if rule in args.rules]
-        if args.out:
-            results.write(result, args.out)
+    if args.out:
+        results.write(result, args.out)
     return result
 
 
-def in_a_process(model: str, rules: Sequence[str], settings: Settings, end: float) -> tuple[list[Row], list[str]]:
-    """All rows of a model, which a fresh process measures, and notes; no row is started after `end` (`time.monotonic`).
+def in_a_process(
+    model: str, rules: Sequence[str], settings: Settings, end: float
+) -> Iterator[tuple[list[Row], list[str]]]:
+    """The rows of a model, which a fresh process measures, and notes; none is started after `end` (`time.monotonic`).
 
     Raises:
         RuntimeError: the process died.
     """
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        try:
-            return pool.submit(rows_of, model, rules, settings, end).result()
-        except BrokenProcessPool as error:
-            raise RuntimeError(f"the process that measured {model} died, what it printed may say why") from error
+        for n_groups, rule in plan(model, rules):
+            if time.monotonic() > end:
+                yield [], [f"Out of time: rows of {model} from {rule} in {n_groups} groups on are missing."]
+                return
+            try:
+                yield pool.submit(rows_of, model, n_groups, rule, settings).result()
+            except BrokenProcessPool as error:
+                raise RuntimeError(f"the process that measured {rule} on {model} died") from error
 
 
-def rows_of(model: str, rules: Sequence[str], settings: Settings, end: float) -> tuple[list[Row], list[str]]:
-    """All rows of a model, measured in this process; printed as they come."""
-    clock, rows, notes = Clock(settings.device), list[Row](), list[str]()
+def rows_of(model: str, n_groups: int, rule: str, settings: Settings) -> tuple[list[Row], list[str]]:
+    """The rows of one rule, measured in this process, and notes."""
+    notes: list[str] = []
     if len(MODELS[model]()) >= MANY:
         native.wait()
-    for n_groups, rule in plan(model, rules):
-        if time.monotonic() > end:
-            return rows, [*notes, f"Out of time: rows of {model} from {rule} in {n_groups} groups on are missing."]
-        found = measure(model, n_groups, rule, clock, settings, notes)
-        print("\n".join(results.lines(found)), flush=True)
-        rows += found
-    return rows, notes
+    return measure(model, n_groups, rule, Clock(settings.device), settings, notes), notes
 
 
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
@@ -192,5 +195,5 @@ def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
         os.environ.update({name: f"{caches}/{name}" for name in CACHES})
         result = run(args)
     print(f"\n{results.page(result)}\n{time.perf_counter() - start:.0f} s in all")
-    if args.out:
+    if args.out and result.rows:
         chart.draw(result, args.out.with_suffix(".svg"))
