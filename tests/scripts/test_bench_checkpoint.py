@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastopt.bench.checkpoint.planning import llama, plan
+from fastopt.bench.checkpoint.planning import plan
+from fastopt.bench.checkpoint.state import llama
 from tests.commands import ROOT, run_command
 
 SCRIPT = ROOT / "scripts" / "bench_checkpoint.py"
@@ -43,7 +45,19 @@ def test_the_bytes_of_a_rank(result: dict[str, Any]) -> None:
 
 def test_the_plan_reads_what_a_rank_holds() -> None:
     found = plan(4)
-    assert sum(a * b for _, (a, b) in ((n, (*s, 1)[:2]) for n, s in llama())) == 1_364_297_728
+    assert sum(a * b for _, (a, b) in ((n, (*s, 1)[:2]) for n, s in llama().items())) == 1_364_297_728
     assert found["ranks"] == 4
     assert found["files"] >= 2 * 4
     assert found["requests of a rank"] >= 1
+
+
+def test_loads_into_live_tensors_and_another_model(tmp_path: Path) -> None:
+    quick = ("--only", "live", "--model", "llama-1.36b", "--scale", "0.01", "--rounds", "1", "--folder", tmp_path)
+    run_command(sys.executable, SCRIPT, *quick, "--out", tmp_path / "live.json", cwd=tmp_path)
+    found = json.loads((tmp_path / "live.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["live.json"]
+    assert found["model"] == "llama-1.36b"
+    assert all(found["live"][name]["seconds"] > 0 for name in ("raw", "fastopt in place", "fastopt, checked during"))
+    d, hidden = 16, 48
+    elements = 2 * 32000 * d + 24 * (4 * d * d + 3 * hidden * d + 2 * d) + d
+    assert found["live"]["bytes of a rank"] == pytest.approx(3 * 4 * elements / 2, rel=1e-3)

@@ -1,17 +1,18 @@
 """How fast checkpoints are saved and loaded, beside raw file access, torch.save and torch.distributed.checkpoint.
 
     fastopt bench checkpoint --folder /data --out checkpoint.json
-    fastopt bench checkpoint --only stall --device cuda --ranks 1
+    fastopt bench checkpoint --only stall --device cuda --ranks 1 --model llama-1.36b
     fastopt bench checkpoint --only plan --simulated 1024
 
-The state is that of Adam for GPT-2 small: float32 masters and two averages of 148 parameters, 1.49 GB, on two ranks.
+The state is that of Adam: float32 masters and two averages, of GPT-2 small 1.49 GB for 148 parameters, on two ranks.
 All competitors take turns within each round; the times are medians over the rounds, of the slower rank. `floor` is
 os.write of the same bytes and fsync, and reading them back. Memory is the growth of the peak resident size during the
 operation, in units of one rank's bytes. `fastopt load in place` is the default where states are there already: it
 checks all before it changes any; `checked during` is `check="during"`; `by copies` is that with memory for copies;
 `fastopt load` drops the states that were there and makes new ones.
 Run it on a machine that does nothing else: two busy cores make the times of everything meaningless.
-`--only stall` measures nothing but how long an asynchronous save holds the loop.
+`--only stall` measures nothing but how long an asynchronous save holds the loop, `--only live` loads in place beside
+reading the bytes and, with `--device cuda`, copying them there.
 
 From a checkout without an installation: `python scripts/bench_checkpoint.py`.
 """
@@ -31,13 +32,16 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from .live import live
 from .planning import plan
 from .reshard import reshard
 from .rounds import rounds
 from .settings import Settings
 from .stall import stall
+from .state import MODELS
 
-_RUNS = {"rounds": rounds, "stall": stall, "reshard": reshard}
+_RUNS = {"rounds": rounds, "stall": stall, "reshard": reshard, "live": live}
+_USUAL = ("rounds", "stall", "reshard")
 
 
 def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespace:
@@ -48,6 +52,7 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine [2]")
     parser.add_argument("--simulated", type=int, default=1024, help="ranks of the plan that is made without data")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
+    parser.add_argument("--model", default="gpt2", choices=MODELS, help="whose state [gpt2]")
     parser.add_argument("--scale", type=float, default=1.0, help="width of the model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the state is [cpu]")
     parser.add_argument("--only", default="", choices=(*_RUNS, "plan"), help="one part; without, all")
@@ -72,12 +77,18 @@ def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
     """
     args = arguments(given, prog)
     result: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count()}
-    result |= {"ranks": args.ranks, "rounds": args.rounds, "scale": args.scale, "device": args.device}
+    result |= {
+        "ranks": args.ranks,
+        "rounds": args.rounds,
+        "model": args.model,
+        "scale": args.scale,
+        "device": args.device,
+    }
     if args.only in ("", "plan"):
         result["plan"] = plan(args.simulated)
     if args.only != "plan":
-        settings = Settings(args.folder, args.rounds, args.ranks, args.threads, args.scale, args.device)
-        result |= on_ranks(settings, [args.only] if args.only else list(_RUNS))
+        settings = Settings(args.folder, args.rounds, args.ranks, args.threads, args.scale, args.device, args.model)
+        result |= on_ranks(settings, [args.only] if args.only else _USUAL)
     print(json.dumps(result, indent=2))
     if args.out:
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint
 
 from .measuring import read_raw, write_raw
 from .settings import Settings
-from .state import STATES, gpt2, held
+from .state import STATES, held, shapes_of
 
 
 def dtensors(opt: Any, settings: Settings) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def dtensors(opt: Any, settings: Settings) -> dict[str, Any]:
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     made: dict[str, Any] = {}
-    for name, shape in gpt2(settings.scale).items():
+    for name, shape in shapes_of(settings).items():
         local = list(torch.empty(shape[0]).chunk(mesh.size()))[mesh.get_local_rank()].shape[0]
         for key in STATES:
             data = torch.randn(local, *shape[1:])

@@ -16,6 +16,7 @@ from ...checkpoint.records import DataFile, Group, Manifest, ModelPart, OptPart,
 from ...checkpoint.writing import PART_BYTES, FileRecord
 from ...distributed import Layout, ParamSpec
 from ...pieces import Box
+from .state import llama
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 Held = list[tuple[int, Box]]
@@ -24,24 +25,10 @@ Held = list[tuple[int, Box]]
 STATES = ("grad_avg", "sqr_avg")
 
 
-def llama() -> Shapes:
-    """A LLaMA-like model of 1.36 billion parameters in 219 tensors."""
-    d, hidden = 2048, 5632
-    shapes: Shapes = [("embed", (32000, d))]
-    for i in range(24):
-        shapes += [(f"blocks.{i}.attn.{w}", (d, d)) for w in "qkvo"]
-        shapes += [
-            (f"blocks.{i}.mlp.{w}", shape)
-            for w, shape in zip(("gate", "up", "down"), ((hidden, d), (hidden, d), (d, hidden)), strict=True)
-        ]
-        shapes += [(f"blocks.{i}.{w}", (d,)) for w in ("norm_1", "norm_2")]
-    return [*shapes, ("norm", (d,)), ("head", (32000, d))]
-
-
 def plan(ranks: int) -> dict[str, Any]:
     """What rank 0 and each rank work out for a save and a load on many ranks, without any data: the layout that `shard`
     makes with its default buckets, two states per parameter, weights that all ranks have. In seconds of a processor."""
-    shapes = llama()
+    shapes = list(llama().items())
     layout = Layout.even([ParamSpec(name, shape, torch.float32, 0) for name, shape in shapes], ranks)
     held = [
         [(n, box) for n in range(len(shapes)) for box in layout.boxes(n, rank) if box.numel] for rank in range(ranks)

@@ -20,7 +20,7 @@ from .competitors import dcp, dtensors, raw
 from .folders import fresh_folder, remove_folder
 from .measuring import measured, read_raw
 from .settings import Settings
-from .state import STATES, Bag, gpt2, held, job
+from .state import STATES, Bag, held, job, shapes_of
 
 Run = tuple[Callable[[], Any], int]
 """What is measured, and the bytes of its result if these are new memory."""
@@ -78,7 +78,7 @@ def _alone(_: int, settings: Settings, ours: Path, theirs: Path, plain: Path, re
 
 def whole_state(settings: Settings) -> Adam:
     """What two ranks had in halves, in one process."""
-    model = Bag(gpt2(settings.scale), "cpu")
+    model = Bag(shapes_of(settings), "cpu")
     opt = Adam(model.named_parameters(), lr=1e-3)
     for p in model.parameters():
         opt.state[p] = {key: torch.zeros(p.shape) for key in STATES} | {"step": 1}
@@ -88,7 +88,7 @@ def whole_state(settings: Settings) -> Adam:
 def loads(settings: Settings, opt: Adam, total: int, ours: Path, theirs: Path, plain: Path) -> dict[str, Run]:
     """Everybody's way to load `total` bytes of state."""
     module: Any = torch.distributed.checkpoint
-    shapes = gpt2(settings.scale)
+    shapes = shapes_of(settings)
     state = {f"{key}.{name}": torch.zeros(shape) for name, shape in shapes.items() for key in STATES}
     files = sorted(plain.iterdir())
     cut = files[0].stat().st_size // 4

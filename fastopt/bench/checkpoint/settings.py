@@ -14,8 +14,9 @@ class Settings:
         rounds: turns of everybody, after one that is not counted.
         ranks: how many processes save and load.
         threads: CPU threads of each.
-        scale: width of the model, 1 for GPT-2 small.
+        scale: width of the model, 1 for that of its name.
         device: `cpu` or `cuda`.
+        model: `gpt2` or `llama-1.36b`.
     """
 
     folder: str | None
@@ -24,3 +25,4 @@ class Settings:
     threads: int
     scale: float
     device: str
+    model: str = "gpt2"

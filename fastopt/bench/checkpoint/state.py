@@ -1,4 +1,4 @@
-"""What is saved: the state of Adam for GPT-2 small, sharded."""
+"""What is saved: the state of Adam for a model, sharded."""
 
 from __future__ import annotations
 
@@ -37,6 +37,28 @@ def gpt2(scale: float) -> dict[str, tuple[int, ...]]:
     return {**shapes, "ln_f.weight": (d,), "ln_f.bias": (d,)}
 
 
+def llama(scale: float = 1.0) -> dict[str, tuple[int, ...]]:
+    """Shapes of a LLaMA-like model of 1.36 billion parameters by name; `scale` makes all matrices narrower."""
+    d, hidden = int(2048 * scale) // 16 * 16, int(5632 * scale) // 16 * 16
+    shapes: dict[str, tuple[int, ...]] = {"embed": (32000, d)}
+    for i in range(24):
+        shapes |= {f"blocks.{i}.attn.{w}": (d, d) for w in "qkvo"}
+        shapes |= {
+            f"blocks.{i}.mlp.{w}": shape
+            for w, shape in zip(("gate", "up", "down"), ((hidden, d), (hidden, d), (d, hidden)), strict=True)
+        }
+        shapes |= {f"blocks.{i}.{w}": (d,) for w in ("norm_1", "norm_2")}
+    return {**shapes, "norm": (d,), "head": (32000, d)}
+
+
+MODELS = {"gpt2": gpt2, "llama-1.36b": llama}
+
+
+def shapes_of(settings: Settings) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters by name."""
+    return MODELS[settings.model](settings.scale)
+
+
 class Bag(nn.Module):
     """Parameters by name."""
 
@@ -49,7 +71,7 @@ class Bag(nn.Module):
 
 def job(settings: Settings, filled: bool = True) -> Any:
     """A sharded Adam with masters and both averages; without `filled` it has no state yet."""
-    model = Bag(gpt2(settings.scale), settings.device)
+    model = Bag(shapes_of(settings), settings.device)
     opt = shard(Adam(model.named_parameters(), lr=1e-3), model)
     if filled:
         fill(opt)
