@@ -130,6 +130,17 @@ def rng_key(rank: int, name: str) -> str:
     return f"rng/{rank}/{name}"
 
 
+def part_of(key: str) -> str:
+    """What a key belongs to: `model`, `state/<key>` or `rng`."""
+    kind, _, rest = key.partition("/")
+    return f"state/{rest.partition('/')[0]}" if kind == "state" else kind
+
+
+def rank_of(name: str) -> int:
+    """The rank that wrote the data file `name`, see FILE_NAME."""
+    return int(name.rpartition("-r")[2].partition("-")[0])
+
+
 def file_key(key: str) -> str:
     """The key inside a data file: the model's tensors go by their own names there, as Hugging Face has them."""
     return key.removeprefix("model/")

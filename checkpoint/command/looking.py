@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ from ..catalog import Found, find, survey
 from ..dtypes import DTYPES
 from ..errors import CheckpointError
 from ..manifest import from_bytes
-from ..records import MANIFEST, Manifest, StoredTensor
+from ..records import MANIFEST, Manifest, StoredTensor, part_of, rank_of
 from ..storage import open_storage
 from ..values import decode
 from . import places
-
-_RANK = re.compile(r"-r(\d+)-")
 
 
 @click.command(short_help="List the checkpoints of a run.")
@@ -129,12 +126,6 @@ def _ranks(n: int) -> str:
     return f"{n} rank{'s' * (n != 1)}"
 
 
-def part_of(key: str) -> str:
-    """`model`, `state/<key>` or `rng`."""
-    kind, _, rest = key.partition("/")
-    return f"state/{rest.partition('/')[0]}" if kind == "state" else kind
-
-
 def _summary(manifest: Manifest) -> dict[str, Any]:
     parts: dict[str, list[StoredTensor]] = {}
     for key in sorted(manifest.tensors):
@@ -167,12 +158,6 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
 
 def _nbytes(dtype: str, shape: Shape) -> int:
     return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def rank_of(name: str) -> int:
-    """The rank that wrote a data file."""
-    match = _RANK.search(name)
-    return int(match[1]) if match else 0
 
 
 def _tensors(manifest: Manifest, text: str | None) -> list[dict[str, Any]]:

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..dtypes import DTYPES
 from ..errors import CheckpointError
-from ..records import Manifest
-from .looking import part_of, rank_of
+from ..records import Manifest, part_of, rank_of
 
 _MANY = 4000  # pieces that are drawn one by one; more of them are added up by part
 
