@@ -2,6 +2,12 @@
 
 Copies between the GPUs of a node (copying.py) are another transport behind it. A transport allocates the buffers that
 it moves, so they can be memory that the other ranks reach.
+
+[Note: names in Gloo]
+The two worker threads of a Gloo process group note the name of the last collective that they have finished in one
+string, without a lock. Names of up to 15 characters lie in the string itself, and a torn one harms nobody. That of the
+coalesced all-gather is longer and lies on the heap: two workers that are done at the same time free it twice, and the
+process dies of it (seen with PyTorch 2.13). So over Gloo nothing coalesced is used.
 """
 
 from __future__ import annotations
@@ -32,7 +38,9 @@ def _all_gather(group: Any, full: Tensor, mine: Tensor) -> Work:
 
 
 def _all_gather_several(group: Any, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
-    """As `_all_gather` for each of several buffers, in one collective."""
+    """As `_all_gather` for each of several buffers, in one collective; over Gloo in as many, see above."""
+    if group._get_backend(fulls[0].device).name() == "gloo":
+        return _Works([_all_gather(group, full, mine) for full, mine in zip(fulls, mines, strict=True)])
     call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
     work: Work = call(list(fulls), list(mines), _gathering())
     return work
@@ -49,6 +57,18 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Wait for it; on CUDA let the current stream wait."""
+
+
+class _Works:
+    """Several collectives that are waited for together."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        """Wait for all of them."""
+        for work in self._works:
+            work.wait()
 
 
 class Transport(Protocol):
@@ -89,7 +109,7 @@ class GroupTransport:
         return _reduce_scatter(self._group, mine, full)
 
     def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
-        """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it, Gloo one message."""
+        """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it."""
         if len(fulls) == 1:
             return _all_gather(self._group, fulls[0], mines[0])
         return _all_gather_several(self._group, fulls, mines)
