@@ -40,6 +40,7 @@ def share_out(call: Callable[[int], None], n: int, threads: int) -> None:
         given_up = True
         raise
     finally:
-        wait(others)
+        if others:
+            wait(others)
     for other in others:
         other.result()
