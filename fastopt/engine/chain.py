@@ -225,6 +225,8 @@ def _hyper_leaf(recorder: Recorder, name: str, value: Any) -> Any:
         made.cell.constant = True
         return made
     if isinstance(value, Tensor):
+        if value.device != recorder.device:
+            recorder.refuse(f"the hyper-parameter {name!r} is on {value.device}, a parameter on {recorder.device}")
         return recorder.input(f"hyper {name}", value.dtype, False, constant=True)
     return value
 

@@ -13,6 +13,9 @@
     slots [n_slots, n_rows], values [n_values, n_tensors] float64       numbers of the step; scalars per parameter
     partials [n_reductions, n_chunks] float64                           what each chunk adds to a reduction
 
+They are `nounwind`: without tables for exceptions, which the unwinder of the process would look through for every C++
+exception in any thread.
+
 Sums are formed in float64, lane by lane and then chunk by chunk. The order is always the same, so two runs give the
 same bits, with any number of threads.
 """
@@ -208,7 +211,7 @@ class _Sweep(_Loop):
         none = [lanes.constant(_NEUTRAL.get(op, 0.0), "double") for op in ops]
         vector = lanes.type("double")
         return f"""
-define void @{name}(i64 %first, i64 %last, ptr %tables) {{
+define void @{name}(i64 %first, i64 %last, ptr %tables) nounwind {{
 entry:
   {_lines(_tables())}
   %any = icmp slt i64 %first, %last
@@ -342,7 +345,7 @@ def _tables() -> list[str]:
 def _over_tensors(name: str, body: Sequence[str], end: str = "tensor") -> str:
     """A function that does the same for each tensor `%t`. `end` is the block in which `body` ends."""
     return f"""
-define void @{name}(i64 %first, i64 %last, ptr %tables) {{
+define void @{name}(i64 %first, i64 %last, ptr %tables) nounwind {{
 entry:
   {_lines(_tables())}
   %any = icmp slt i64 %first, %last

@@ -23,6 +23,7 @@ from .native import compiled_already, native
 SAME, MOVED, OTHER = 0, 1, 2
 
 grads_of = attrgetter("grad")
+_dtype_of = attrgetter("dtype")
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 
@@ -61,6 +62,7 @@ class Looked:
         self.addresses = np.zeros((len(self.places), len(self.params)), np.int64)
         self.version = 0
         self._steps = 0
+        self._lost = False
         self.use(Eyes(self.params, self.states))
 
     def use(self, eyes: Eyes) -> None:
@@ -76,23 +78,26 @@ class Looked:
     def again(self, states: bool = True) -> bool:
         """Look again: whether all is as it was but for gradients that are elsewhere and otherwise like the last.
 
+        Once it is not, it never is again: eyes only tell what is new since they last looked.
+
         Args:
             states: look at the states too; not needed where nobody else can have touched them.
         """
+        if self._lost:
+            return False
         self._steps += 1
-        if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= MANY:
-            self._better_eyes()
         found = self._eyes.look(self.addresses, states)
         self.version += found != SAME
-        return found != OTHER
+        self._lost = found == OTHER
+        if self._steps % _OFTEN == 0 and type(self._eyes) is Eyes and len(self.params) >= MANY:
+            self._better_eyes()
+        return not self._lost
 
     def _better_eyes(self) -> None:
-        """Take the compiled functions if they are there by now."""
+        """Take the compiled functions from the next step on if they are there by now."""
         compiled = native()
         if compiled is not None:
-            before = self.addresses.copy()
             self.use(NativeEyes(self.params, self.states, compiled))
-            self.addresses[:] = before
 
 
 #: From this many parameters on, and this many steps with the same tensors, compiled functions do the looking.
@@ -107,16 +112,26 @@ class Eyes:
         # weak, because gradients that are dropped after the step must free their memory
         self._grads: list[Any] = []
         self._dtype = params[0].dtype if params[0].grad is None else params[0].grad.dtype
+        # of the parameters: another tensor may come to lie where the last one lay, such as the first half of it
         self._flat: list[bool] = []
+        self._sizes: list[int] = []
+        self._dtypes: list[torch.dtype] = []
 
     def look(self, addresses: NDArray[np.int64], states: bool) -> int:
         """Put where everything lies into `addresses`, and tell what is new; the states only if asked."""
         rows = [(0, self.params), *(enumerate(self.states, 2) if states else ())]
         tensors = [_take(x, addresses[i]) for i, x in rows]
-        flat = list(map(Tensor.is_contiguous, self.params))
-        same_layout, self._flat = flat == self._flat, flat
+        alike = self._look_at_params()
         grads = self._look_at_grads(addresses[1])
-        return grads if all(tensors) and same_layout else OTHER
+        return grads if all(tensors) and alike else OTHER
+
+    def _look_at_params(self) -> bool:
+        """Whether the parameters are what they were, wherever they lie."""
+        before = self._flat, self._sizes, self._dtypes
+        self._flat = list(map(Tensor.is_contiguous, self.params))
+        self._sizes = list(map(Tensor.numel, self.params))
+        self._dtypes = list(map(_dtype_of, self.params))
+        return before == (self._flat, self._sizes, self._dtypes)
 
     def _look_at_grads(self, addresses: NDArray[np.int64]) -> int:
         grads = list(map(grads_of, self.params))
@@ -125,7 +140,8 @@ class Eyes:
         except (TypeError, RuntimeError):  # a gradient is missing, or has no address
             return OTHER
         if len(self._grads) == len(grads) and all(map(is_, grads, map(call, self._grads))):
-            return SAME if same_place else OTHER  # moved by `p.grad.data = ...`, to who knows what
+            # moved by `p.grad.data = ...`, to who knows what; or `p.grad.t_()`
+            return SAME if same_place and all(map(Tensor.is_contiguous, grads)) else OTHER
         if not self._alike(grads):
             return OTHER
         self._grads = list(map(ref, grads))
@@ -135,7 +151,8 @@ class Eyes:
         """Whether these are ordinary contiguous tensors of the dtype that the last ones had."""
         return (
             set(map(type, grads)) <= _PLAIN
-            and all(map(is_, map(attrgetter("dtype"), grads), repeat(self._dtype)))
+            and all(map(is_, map(_dtype_of, grads), repeat(self._dtype)))
+            and list(map(Tensor.numel, grads)) == self._sizes
             and all(map(is_, map(attrgetter("layout"), grads), repeat(torch.strided)))
             and all(map(Tensor.is_contiguous, grads))
             and not any(map(Tensor.is_neg, grads))

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastopt import SGD, Adam, Lamb, Larc, Optimizer
+from fastopt.engine.llvm_compile import _object_of
+from fastopt.engine.llvm_source import Layout, source_of
 from tests.fastopt.samples import Case, every_native
 
 from .chains import FOREIGN, foreign, random_cb, random_chains
@@ -376,3 +378,26 @@ def test_the_best_there_is_for_a_chain_that_is_not_compiled() -> None:
     ps = params(torch.float32)
     opt = Optimizer(ps, random_cb, lr=0.1, wd=0.1, steps=(("unary", "tanh", 0, 0, 0, 0),), keeps=0)
     assert executors(opt) <= {"foreach", "eager"}
+
+
+def test_a_rate_on_another_device_is_not_taken_for_memory() -> None:
+    p = torch.ones(3)
+    p.grad = torch.ones(3)
+    opt = SGD([p], lr=torch.tensor(0.1, device="meta"), engine="llvm")
+    (choice,) = opt.engine
+    assert choice.executor == "eager"
+    assert "'lr' is on meta, a parameter on cpu" in choice.reason
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        opt.step()
+    assert torch.equal(p, torch.ones(3))
+
+
+def test_compiled_code_is_not_registered_for_exceptions() -> None:
+    p = torch.ones(3)
+    p.grad = torch.ones(3)
+    opt = Adam([p], engine="llvm")
+    opt.step()
+    (program,) = opt.runner.programs()
+    source, _ = source_of(Layout(program))
+    assert b".text" in _object_of(source)
+    assert b".eh_frame" not in _object_of(source)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastopt import Adam
+from fastopt import SGD, Adam
 from fastopt.engine import look, native
 from fastopt.engine.look import Looked, same_members
 
@@ -68,7 +68,20 @@ def _set_state_data(params: list[Tensor], state: list[Tensor]) -> None:
     state[1].data = state[1].data.clone()
 
 
+def _first_half(params: list[Tensor], state: list[Tensor]) -> None:
+    params[1].grad = None
+    params[1].data = params[1].data[:2]
+    params[1].grad = torch.ones(2, 3)
+
+
+def _transpose_grad_in_place(params: list[Tensor], state: list[Tensor]) -> None:
+    assert params[0].grad is not None
+    params[0].grad.t_()
+
+
 CHANGES = {
+    "first half of p.data": _first_half,
+    "gradient transposed in place": _transpose_grad_in_place,
     "p.data": _set_data,
     "p.data transposed": _transpose_in_place,
     "state.data": _set_state_data,
@@ -87,6 +100,7 @@ def test_changes_are_seen(eyes: str, change: Any, request: pytest.FixtureRequest
     looked = _looked(eyes, params, request, m=state)
     change(params, state)
     assert not looked.again()
+    assert not looked.again()  # asked twice in a step
 
 
 @both
@@ -168,6 +182,39 @@ def test_an_optimizer_takes_the_compiled_functions(monkeypatch: pytest.MonkeyPat
             steady = a.runner._steady.get(None)
             assert steady is not None
             assert type(steady.steady[0].cohort.looked._eyes) is look.NativeEyes  # type: ignore[union-attr]
+
+
+@compiler
+def test_a_change_when_the_compiled_functions_come_is_seen(monkeypatch: pytest.MonkeyPatch, compiled: Any) -> None:
+    monkeypatch.setattr(look, "MANY", 1)
+    monkeypatch.setattr(look, "_OFTEN", 2)
+    params = _params()
+    looked = Looked(params, {})
+    assert looked.again()
+    _other_grad(lambda p: torch.ones(3, 3).t())(params, [])
+    assert not looked.again()
+
+
+@both
+def test_a_model_in_another_dtype(eyes: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """`model.bfloat16()` between two steps: loops for float32 would write beyond the new parameters."""
+    pytest.importorskip("llvmlite")
+    if eyes == "native":
+        request.getfixturevalue("compiled")
+        monkeypatch.setattr(look, "MANY", 1)
+        monkeypatch.setattr(look, "_OFTEN", 2)
+    ours, theirs = _params(), _params()
+    a, b = SGD(ours, lr=0.5, engine="llvm"), SGD(theirs, lr=0.5, engine="eager")
+    for i in range(9):
+        for p in (*ours, *theirs):
+            if i == 6:
+                p.grad = None
+                p.data = p.data.to(torch.bfloat16)
+            p.grad = torch.full_like(p, float(i % 3))
+        a.step()
+        b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q)
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
