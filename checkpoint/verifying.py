@@ -11,12 +11,11 @@ from typing import Any
 
 import xxhash
 
-from .catalog import Found, damaged_mark, find, look, note_damage, verified_mark
+from .assemble import hugging_face_index
+from .catalog import Found, damaged_mark, look, newest_completed, note_damage, verified_mark
 from .dtypes import DTYPES
 from .errors import CheckpointError, StorageError
-from .manifest import from_bytes
 from .records import INDEX, MANIFEST, DataFile, Manifest, step_folder
-from .saving import hugging_face_index
 from .storage import Storage, open_storage
 
 Progress = Callable[[int, int], Any]
@@ -53,7 +52,7 @@ class Verified:
 def verify(
     url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None, mark: bool = True
 ) -> Verified:
-    """Read all of the checkpoint of `step` (default: the newest complete one) under `url` and check every byte.
+    """Read all of the checkpoint of `step` (default: the newest that has a manifest) under `url` and check every byte.
 
     A checkpoint that is not complete is a problem and no error. Not collective.
 
@@ -70,7 +69,9 @@ def verify(
     """
     storage = open_storage(url)
     if step is None:
-        step = from_bytes(find(storage, None)[1]).step
+        step = newest_completed(storage)
+    if step is None:
+        raise CheckpointError(f"there is no complete checkpoint at {storage.url}")
     found = look(storage, step, notes=False)
     if MANIFEST not in found.sizes:
         found.raise_problem()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, latest, load, prune, save, steps, storage
+from fastopt.checkpoint import CheckpointError, latest, load, prune, retries, save, steps, storage
 
 from ..ranks import RankPool, run_ranks
 from .jobs import Cut, Small, adam_job, bits, data_files, element_values, everything, groups_of, train
@@ -291,6 +291,7 @@ def test_an_error_on_one_rank_is_raised_on_all(fault: str, text: str, ranks: Ran
 
 def unshared(rank: int, world: int) -> None:
     """Save to a place that every rank has for itself."""
+    retries.WAITS = (0.1,)
     save("memory://alone", step=1, model=Small())
 
 
