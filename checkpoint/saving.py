@@ -109,7 +109,8 @@ def save(
         url: the root, after a state dict.
         step: of the checkpoint, from 0.
         model: its parameters and buffers, as its state dict names them. Buffers may differ between ranks: those of rank
-            0 are saved.
+            0 are saved. Parameters that several ranks hold whole are taken to be the same on all of these; each writes
+            some of them.
         opt: its groups, hyper-parameters, freezing and states.
         scheduler: anything with a state_dict of plain values, such as an LRScheduler.
         scaler: the same, such as a GradScaler.

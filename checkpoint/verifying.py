@@ -68,21 +68,22 @@ def verify(
         StorageError: the storage is out of reach.
     """
     storage = open_storage(url)
-    if step is None:
-        step = newest_completed(storage)
-    if step is None:
+    number = newest_completed(storage) if step is None else step
+    if number is None:
         raise CheckpointError(f"there is no complete checkpoint at {storage.url}")
-    found = look(storage, step, notes=False)
+    found = look(storage, number, notes=False)
+    if step is None:
+        found.refuse_newer()
     if MANIFEST not in found.sizes:
         found.raise_problem()
     if found.problem is not None or found.manifest is None:
-        return Verified(step, found.url, 0, 0, (str(found.problem),))
+        return Verified(number, found.url, 0, 0, (str(found.problem),))
     manifest = found.manifest
     problems = _Reader(storage, manifest, progress).problems()
     if mark:
         _note(storage, found, problems)
     problems += _index(storage, manifest, found.sizes)
-    return Verified(step, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
+    return Verified(number, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
 
 
 def note_sound(storage: Storage, manifest: Manifest, data: bytes) -> None:
