@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,18 @@ from ..pieces import Box, Shape
 from .dtypes import DTYPES
 from .errors import CheckpointError
 from .manifest import place
-from .records import DataFile, Group, ModelPart, OptPart, ParamStates, StoredTensor, state_key
+from .records import (
+    DataFile,
+    Group,
+    Manifest,
+    ModelPart,
+    OptPart,
+    ParamStates,
+    StoredTensor,
+    file_key,
+    model_key,
+    state_key,
+)
 from .shards import Column, Shards, flat_interval
 from .values import Json
 from .writing import FileRecord
@@ -135,3 +148,21 @@ def opt_part(about: Json, states: dict[str, dict[str, Json]], tensors: Mapping[s
     groups = tuple(Group(tuple(group["params"]), group["options"]) for group in about["groups"])
     shapes = {name: None if shape is None else tuple(shape) for name, shape in about["params"].items()}
     return OptPart(shapes, groups, parts)
+
+
+def hugging_face_index(manifest: Manifest) -> bytes | None:
+    """`model.safetensors.index.json`, by which Hugging Face's libraries find the weights; None unless the checkpoint
+    has a model whose tensors are all whole. A file of an earlier step is named relative to the step folder."""
+    if manifest.model is None:
+        return None
+    homes: dict[str, str] = {}
+    total = 0
+    for name in manifest.model.tensors:
+        tensor = manifest.tensors[model_key(name)]
+        if len(tensor.shards) != 1:
+            return None
+        file = manifest.files[int(tensor.shards.file[0])]
+        homes[file_key(model_key(name))] = file.name if file.step == manifest.step else f"../{file.path}"
+        total += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+    index = {"metadata": {"total_size": total}, "weight_map": homes}
+    return json.dumps(index, indent=2, sort_keys=True).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from .manifest import MANIFEST, Manifest, check_digest, from_bytes
 from .records import step_folder
 from .storage import Storage, open_storage
 
+_log = logging.getLogger("fastopt.checkpoint")
 _STEP = re.compile(r"step-(\d{8,19})")
 _LARGEST_MANIFEST = 1 << 30  # bytes
 
@@ -111,8 +113,9 @@ def make_way(storage: Storage, step: int) -> None:
 def latest(url: str | os.PathLike[str]) -> Entry | None:
     """The newest complete checkpoint under `url`, or None. Not collective.
 
-    Complete means: the manifest is sound and every file it names is there with its full size. StorageError where the
-    storage is out of reach, CheckpointError where a newer version of the format hides the answer.
+    Complete means: the manifest is sound and every file it names is there with its full size. What was complete once
+    and is so no more gets a warning. StorageError where the storage is out of reach, CheckpointError where a newer
+    version of the format hides the answer.
     """
     storage = open_storage(url)
     for step in step_numbers(storage):
@@ -120,7 +123,14 @@ def latest(url: str | os.PathLike[str]) -> Entry | None:
         found.refuse_newer()
         if found.complete:
             return _entry(found)
+        if MANIFEST in found.sizes:
+            _log.warning("passed over step %d: %s", step, found.problem)
     return None
+
+
+def newest_completed(storage: Storage) -> int | None:
+    """The newest step that has its manifest, sound or damaged since, or None. Not collective."""
+    return next((step for step in step_numbers(storage) if MANIFEST in storage.sizes(step_folder(step))), None)
 
 
 def steps(url: str | os.PathLike[str]) -> list[int]:
@@ -231,7 +241,9 @@ def _read_manifest(storage: Storage, step: int, sizes: dict[str, int | None]) ->
         raise CheckpointError(f"the checkpoint of step {step} {there} {place}")
     if size > _LARGEST_MANIFEST:
         raise CheckpointError(f"{place}: {size} bytes are too many for a manifest")
-    return storage.read_all(f"{folder}/{MANIFEST}")
+    data = bytearray(size)
+    storage.read_into(f"{folder}/{MANIFEST}", 0, [memoryview(data)])
+    return bytes(data)
 
 
 def _check(storage: Storage, step: int, manifest: Manifest, sizes: dict[str, int | None]) -> None:

@@ -25,6 +25,7 @@ from .peers import Peers
 from .retention import carry_out, plan_prune
 from .saving import Parts, Save
 from .staging import Staging
+from .storage import LocalStorage, open_storage
 from .values import Json
 
 # [Note: saving in the background]
@@ -36,16 +37,18 @@ from .values import Json
 # When the interpreter ends it waits for the thread, which is no daemon. By then no more work can be given to thread
 # pools, which the writing and most filesystems need; so it is waited for just before that, where Python has the hook
 # that its own pools use.
+# An event says that a thread is done, since Ctrl-C in the middle of `Thread.join` makes Python before 3.13 take a
+# thread that is running for one that has ended: the next save would then overwrite the buffer that it writes from.
 
 _log = logging.getLogger("fastopt.checkpoint")
 
 
-_writing: set[threading.Thread] = set()
+_writing: set[threading.Event] = set()
 
 
 def _wait_for_all() -> None:
-    for thread in list(_writing):
-        thread.join()
+    for written in list(_writing):
+        written.wait()
 
 
 _before_pools_close = getattr(threading, "_register_atexit", None)
@@ -101,9 +104,13 @@ class Checkpointer:
         self._peers = Peers(group)
         self._background = self._peers.apart() if asynchronous else self._peers
         self._staging = Staging(staging)
-        self._thread: threading.Thread | None = None
+        self._written: threading.Event | None = None
         self._error: CheckpointError | None = None
         self._closed = False
+        self._lock = threading.RLock()
+        storage = open_storage(url)
+        if isinstance(storage, LocalStorage):  # the same place also after os.chdir
+            self.url = storage.url
 
     # ---- saving
 
@@ -120,25 +127,47 @@ class Checkpointer:
     ) -> None:
         """Save a checkpoint of `step`; the arguments are those of `fastopt.checkpoint.save`. Collective.
 
-        Waits for a save that is still being written. Asynchronously, later changes of the tensors do not get into the
-        checkpoint, which exists when it has been written: see `wait`.
+        Waits for a save that is still being written, and for one that another thread of this process has called.
+        Asynchronously, later changes of the tensors do not get into the checkpoint, which exists when it has been
+        written: see `wait`.
 
         Raises CheckpointError on every rank: of this save, or of the one before, which failed after its `save` had
         returned; this one has then not begun.
         """
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
-        self.wait()
-        work = Save(self._peers, self.url, step, Parts(model, opt, scheduler, scaler, loader, extra))
-        work.prepare()
-        if not self.asynchronous:
-            self._finish(work, work.items())
+        with self._lock:
             self.wait()
-            return
-        staged = self._stage(work)
-        self._thread = threading.Thread(target=self._finish, args=(work, staged), name=f"checkpoint-{step}")
-        _writing.add(self._thread)
-        self._thread.start()
+            work = Save(self._peers, self.url, step, Parts(model, opt, scheduler, scaler, loader, extra))
+            work.prepare()
+            if not self.asynchronous:
+                self._finish(work, work.items())
+                self.wait()
+                return
+            self._start(work, self._stage(work))
+
+    def _start(self, work: Save, staged: list[Item]) -> None:
+        """Let a thread write; without one, if the system gives no more, it is written here."""
+        written = threading.Event()
+
+        def write() -> None:
+            try:
+                self._finish(work, staged)
+            finally:
+                written.set()
+                _writing.discard(written)
+
+        thread = threading.Thread(target=write, name=f"checkpoint-{work.step}")
+        self._written = written
+        _writing.add(written)
+        try:
+            thread.start()
+        except RuntimeError:
+            write()
+        except BaseException:  # Ctrl-C in between: it may be starting all the same
+            if not written.wait(0.2) and not thread.is_alive():
+                written.set()
+            raise
 
     def _stage(self, work: Save) -> list[Item]:
         """Copy this rank's share. A failure goes with the work, to be told to all ranks when they meet next."""
@@ -153,15 +182,18 @@ class Checkpointer:
 
     def _finish(self, work: Save, items: Sequence[Item]) -> None:
         """Write, commit and remove what is no longer needed. Keeps the error for the next call."""
+        failed = f"saving step {work.step} to {self.url} failed"
         try:
             work.finish(items, self.reuse, self._background)
+            failed = f"step {work.step} is saved at {self.url}, but removing older ones failed"
             if self.keep_last is not None:
                 self._background.on_first("removing old checkpoints", lambda: self._prune(work))
         except Exception as error:
-            text = f"{type(error).__name__} while saving: {error}"
-            self._error = error if isinstance(error, CheckpointError) else CheckpointError(text)
+            kind = type(error) if isinstance(error, CheckpointError) else CheckpointError
+            self._error = kind(f"{failed}: {error}")
+            self._error.__cause__ = error
             if self.asynchronous:
-                _log.error("saving step %s to %s failed: %s", work.step, self.url, self._error)
+                _log.error("%s", self._error)
 
     def _prune(self, work: Save) -> None:
         assert self.keep_last is not None
@@ -169,10 +201,9 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until the save in flight is on disk. Raises CheckpointError where it failed, once. Not collective."""
-        if self._thread is not None:
-            self._thread.join()
-            _writing.discard(self._thread)
-            self._thread = None
+        if self._written is not None:
+            self._written.wait()
+            self._written = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -180,7 +211,7 @@ class Checkpointer:
     @property
     def saving(self) -> bool:
         """Whether a save is still being written."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._written is not None and not self._written.is_set()
 
     # ---- finding and loading
 
@@ -193,13 +224,17 @@ class Checkpointer:
         """Load the newest checkpoint, or the one of `step=`, into the objects given; None where there is none at all.
 
         The arguments are those of `fastopt.checkpoint.load`. Waits for a save in flight. Collective.
+
+        Raises CheckpointError where there are checkpoints but none that can be loaded: a job must not begin anew
+        because of damage.
         """
         self.wait()
-        if into.get("step") is None:
-            found = self._peers.on_first("looking for checkpoints", lambda: catalog.latest(self.url))
-            if found is None:
-                return None
+        if into.get("step") is None and self._peers.on_first("looking for checkpoints", self._newest_completed) is None:
+            return None
         return load(self.url, group=self.group, **into)
+
+    def _newest_completed(self) -> int | None:
+        return catalog.newest_completed(open_storage(self.url))
 
     # ---- the end
 

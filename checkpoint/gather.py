@@ -15,7 +15,7 @@ from . import sharded_tensor
 from .datafile import Item
 from .dtypes import dtype_name
 from .errors import CheckpointError
-from .records import model_key, rng_key, state_key
+from .records import file_key, model_key, rng_key, state_key
 from .values import Json, encode
 
 PARAMS_ONLY = frozenset({"params", "param_names"})
@@ -112,6 +112,8 @@ def _check_plain(key: str, value: Tensor, where: str) -> None:
     if value.is_meta or value.layout is not torch.strided or value.is_quantized:
         raise CheckpointError(f"{where} has no plain data to save (device {value.device}, layout {value.layout})")
     dtype_name(value.dtype, where)
+    if file_key(key) == "__metadata__":
+        raise CheckpointError(f"{where}: safetensors files have no room for a tensor of that name")
     try:
         key.encode()
     except UnicodeEncodeError:

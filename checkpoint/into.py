@@ -9,6 +9,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..pieces import Box
@@ -67,6 +68,10 @@ class ModelTarget:
                 wrong.append(f"{name} (stored {_named(entry.dtype)} {entry.shape}, live {mine})")
                 del self.source[name]
         problems += listed("of another shape or dtype", wrong)
+        closed = {name: why for name in self.source if (why := not_writable(tensors[name])) is not None}
+        for name in closed:
+            del self.source[name]
+        problems += listed("live tensors that cannot be loaded into", [f"{n} ({why})" for n, why in closed.items()])
         return problems + self._untied(tensors)
 
     def _dtype_fits(self, stored: Any, live: Any) -> bool:
@@ -156,6 +161,18 @@ class ValuesTarget:
 def box_here(value: Tensor, where: str) -> Box:
     """The box of `value` that this rank holds: all of it, unless it is a DTensor."""
     return sharded_tensor.box_here(value, where) if sharded_tensor.is_one(value) else Box.whole(value.shape)
+
+
+def not_writable(live: Tensor) -> str | None:
+    """Why nothing can be stored in a live tensor, None where it can."""
+    if live.is_meta:
+        return "on the meta device: give it memory first, as by to_empty(device=...)"
+    if live.is_inference() and not torch.is_inference_mode_enabled():
+        return "made in inference mode: load in it, too"
+    part = local_part(live)
+    if any(size > 1 and stride == 0 for size, stride in zip(part.shape, part.stride(), strict=True)):
+        return "several of its elements share memory, as after expand: clone it"
+    return None
 
 
 def local_part(value: Any) -> Tensor:

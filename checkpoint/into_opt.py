@@ -76,6 +76,8 @@ class OptTarget:
             if shape is not None and shape != tuple(p.shape)
         }
         self._skip = set(wrong)
+        no_memory = [n for n, p in zip(flat, self.params, strict=True) if p.is_meta]
+        problems += listed("parameters on the meta device (give them memory first)", no_memory)
         problems += listed("parameters of another shape", list(wrong.values()))
         self.match = match_groups(self.names, part.groups)
         if problems and self.strict:

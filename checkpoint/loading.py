@@ -161,6 +161,10 @@ def load(
             if spoilt:
                 raise CheckpointError(f"{_SPOILT}: {error}") from error
             raise
+        except BaseException as error:  # Ctrl-C
+            if spoilt:
+                error.add_note(_SPOILT)
+            raise
 
 
 @dataclass(frozen=True)
@@ -298,7 +302,7 @@ class _Load:
         """Give the optimizer, the scheduler and their like what they are to hold, on all ranks or on none."""
         try:
             self.peers.agree("loading the optimizer", self._commit)
-        except CheckpointError as error:
+        except BaseException as error:  # Ctrl-C too
             self._roll_back(error)
             raise
 
@@ -309,7 +313,7 @@ class _Load:
                 self.done.append(target)
                 target.commit()
 
-    def _roll_back(self, error: CheckpointError) -> None:
+    def _roll_back(self, error: BaseException) -> None:
         """Put back what `_commit` replaced. What refuses that too is noted in `error`."""
         for target in reversed(self.done):
             try:

@@ -45,7 +45,7 @@ VERSION = 1
 _HEAD = b'{"digest":"'
 _HEAD_END = b'",'
 _BODY = len(_HEAD) + 16 + len(_HEAD_END)
-_LARGEST = 1 << 62
+LARGEST = 1 << 62  # more than any number of bytes, elements or steps
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 _DIGESTS = re.compile(r"[0-9a-f]*")
 _SAVE_ID = re.compile(r"[0-9a-f]{8}")
@@ -177,7 +177,7 @@ def _need(ok: bool, where: str, what: str) -> None:
         raise CheckpointError(f"{where}: {what}")
 
 
-def _int(value: Json, where: str, least: int = 0, most: int = _LARGEST) -> int:
+def _int(value: Json, where: str, least: int = 0, most: int = LARGEST) -> int:
     if type(value) is not int or not least <= value <= most:
         raise CheckpointError(f"{where}: expected a whole number from {least} to {most}, got {str(value)[:80]}")
     return value
@@ -212,7 +212,7 @@ def _names(value: Json, where: str) -> tuple[str, ...]:
 
 def _shape(value: Json, where: str) -> Shape:
     shape = tuple(_int(n, where) for n in _list(value, where))
-    _need(len(shape) <= 64 and math.prod(n for n in shape if n) <= _LARGEST, where, f"impossible shape {shape}")
+    _need(len(shape) <= 64 and math.prod(n for n in shape if n) <= LARGEST, where, f"impossible shape {shape}")
     return shape
 
 
@@ -329,7 +329,7 @@ def _intervals(rows: list[list[Json]], where: str, shape: Shape, files: int) -> 
     parts, total = 0, math.prod(shape)
     for row in rows:
         _need(len(row) in (3, 6), where, f"a part with {len(row)} fields")
-        if not all(type(n) is int and 0 <= n <= _LARGEST for n in row):
+        if not all(type(n) is int and 0 <= n <= LARGEST for n in row):
             raise CheckpointError(f"{where}: a part is given in whole numbers, got {str(row)[:80]}")
         file, start, count = row[:3]
         times, far, step = row[3:] or (1, 0, 0)

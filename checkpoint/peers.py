@@ -100,8 +100,10 @@ class Peers:
         try:
             return call()
         except Exception as error:
-            text = f"rank {self.rank} lost touch with the others while {doing}: {error}"
-            raise LostContact(text) from error
+            raise LostContact(
+                f"rank {self.rank} lost touch with the others while {doing} (every rank must call this; has one died, "
+                f"or is it stuck?): {error}"
+            ) from error
 
     def _raise(self, errors: list[str | None], own: Exception | None) -> None:
         failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]

@@ -5,6 +5,7 @@ See [Note: what stays].
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -133,7 +134,8 @@ def carry_out(storage: Storage, plan: Plan) -> None:
     for step in plan.steps:
         folder = step_folder(step)
         storage.remove(f"{folder}/{MANIFEST}")
-        storage.sync_folder(folder)
+        with contextlib.suppress(FileNotFoundError):  # somebody else is removing the same
+            storage.sync_folder(folder)
         for name in storage.sizes(folder):
             if _ours(name):
                 storage.remove(f"{folder}/{name}")

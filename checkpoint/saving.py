@@ -6,11 +6,10 @@ See [Note: commit].
 from __future__ import annotations
 
 import datetime
-import json
-import math
 import numbers
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,20 +21,19 @@ import xxhash
 from torch import nn
 
 from .. import __version__
-from . import assemble, catalog, gather, rng
+from . import assemble, catalog, gather, retries, rng
 from .compare import compare, merge_states
 from .datafile import Item, Origin
 from .dtypes import DTYPES, dtype_name
 from .errors import CheckpointError
 from .gather import Snapshot
-from .manifest import canonical, from_bytes, to_bytes
+from .manifest import LARGEST, canonical, from_bytes, to_bytes
 from .peers import LostContact, Peers
 from .plan import Whole, block_bytes, share_out
 from .records import (
     INDEX,
     MANIFEST,
     Manifest,
-    file_key,
     model_key,
     rng_key,
     state_key,
@@ -111,7 +109,8 @@ def save(
         url: the root, after a state dict.
         step: of the checkpoint, from 0.
         model: its parameters and buffers, as its state dict names them. Buffers may differ between ranks: those of rank
-            0 are saved.
+            0 are saved. Parameters that several ranks hold whole are taken to be the same on all of these; each writes
+            some of them.
         opt: its groups, hyper-parameters, freezing and states.
         scheduler: anything with a state_dict of plain values, such as an LRScheduler.
         scaler: the same, such as a GradScaler.
@@ -135,7 +134,7 @@ def save(
         if url is not None:
             raise TypeError("save(url, step=..., model=..., opt=...) takes one URL")
         if step is None:
-            raise CheckpointError("step must be a whole number from 0, got None")
+            raise CheckpointError(f"step must be a whole number from 0 to {LARGEST - 1}, got None")
         work = Save(peers, what, step, Parts(model, opt, scheduler, scaler, loader, extra))
     work.prepare()
     return work.finish(work.items(), reuse)
@@ -176,6 +175,7 @@ class Save:
         self.writer: Writer | None = None
         self.written: list[FileRecord] = []
         self.failed: Exception | None = None
+        self.indexed = False
 
     def prepare(self) -> None:
         """Look at everything, compare the ranks and share out the work. Writes nothing. Collective."""
@@ -187,8 +187,8 @@ class Save:
         return max(catalog.step_numbers(open_storage(self.url)), default=-1) + 1
 
     def _collect(self) -> dict[str, Json]:
-        if not isinstance(self.step, numbers.Integral) or isinstance(self.step, bool) or self.step < 0:
-            raise CheckpointError(f"step must be a whole number from 0, got {self.step!r}")
+        if not isinstance(self.step, numbers.Integral) or isinstance(self.step, bool) or not 0 <= self.step < LARGEST:
+            raise CheckpointError(f"step must be a whole number from 0 to {LARGEST - 1}, got {self.step!r}")
         self.step = int(self.step)
         parts = self.parts
         check_json(parts.extra, "extra")
@@ -280,6 +280,10 @@ class Save:
         except CheckpointError:
             self._discard()
             raise
+        except BaseException:  # Ctrl-C: other ranks may still want the files
+            if peers.size == 1:
+                self._discard()
+            raise
         return str(answer)
 
     def _newest_before(self) -> bytes | None:
@@ -318,25 +322,35 @@ class Save:
     def _commit(self, records: list[assemble.RankRecord]) -> str:
         """On rank 0: check all records, then publish the manifest. The URL of the step folder."""
         manifest = self.manifest(records)
-        seen = {step: self.storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
-        for file in manifest.files:
-            there = seen[file.step].get(file.name, "no such file")
-            if there != file.bytes:
-                raise CheckpointError(
-                    f"{self.storage.url}/{file.path} was written with {file.bytes} bytes, but rank 0 sees {there}: "
-                    f"is the storage shared by all ranks?"
-                )
-        index = hugging_face_index(manifest)
-        if index is not None:
-            self.storage.remove(f"{self.folder}/{INDEX}")  # that of a save that died
-            self.storage.publish(f"{self.folder}/{INDEX}", index)
+        self._see(manifest)
+        index = assemble.hugging_face_index(manifest)
         try:
+            if index is not None:
+                self.storage.remove(f"{self.folder}/{INDEX}")  # that of a save that died
+                self.storage.publish(f"{self.folder}/{INDEX}", index)
+                self.indexed = True
             self.storage.publish(f"{self.folder}/{MANIFEST}", to_bytes(manifest))
         except FileExistsError:
             raise CheckpointError(
-                f"step {self.step} was saved by somebody else meanwhile, at {self.storage.url}"
+                f"step {self.step} was saved by somebody else meanwhile, at {self.storage.url}: do two jobs save there?"
             ) from None
         return f"{self.storage.url}/{self.folder}"
+
+    def _see(self, manifest: Manifest) -> None:
+        """Raise CheckpointError unless all files are seen here at their full size, at the latest after some waiting:
+        what others have written may take a while to appear in a listing, of NFS for one."""
+        for wait in (*retries.WAITS, None):
+            seen = {step: self.storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
+            wrong = [file for file in manifest.files if seen[file.step].get(file.name) != file.bytes]
+            if not wrong:
+                return
+            if wait is not None:
+                time.sleep(wait)
+        first = wrong[0]
+        raise CheckpointError(
+            f"{self.storage.url}/{first.path} was written with {first.bytes} bytes, but rank 0 sees "
+            f"{seen[first.step].get(first.name, 'no such file')}: is the storage shared by all ranks?"
+        )
 
     def manifest(self, records: list[assemble.RankRecord]) -> Manifest:
         """The manifest of what all ranks wrote."""
@@ -368,33 +382,26 @@ class Save:
         )
 
     def _discard(self) -> None:
-        """After a failed save: remove this rank's files, as far as possible, unless a manifest is there after all."""
+        """After a failed save: remove this rank's files, as far as possible, unless their manifest is there after all.
+
+        Where the manifest is that of another job, the index that others read is made its again.
+        """
         try:
-            if MANIFEST not in self.storage.sizes(self.folder):
-                for path in self.writer.created if self.writer else ():
-                    self.storage.remove(path)
+            winner = None
+            if MANIFEST in self.storage.sizes(self.folder):
+                winner = from_bytes(self.storage.read_all(f"{self.folder}/{MANIFEST}"))
+                if winner.save_id == self.save_id:
+                    return
+            for path in self.writer.created if self.writer else ():
+                self.storage.remove(path)
+            if self.indexed:
                 self.storage.remove(f"{self.folder}/{INDEX}")
-                self.storage.remove_folder(self.folder)
+                index = None if winner is None else assemble.hugging_face_index(winner)
+                if index is not None:
+                    self.storage.publish(f"{self.folder}/{INDEX}", index)
+            self.storage.remove_folder(self.folder)
         except Exception:  # the error that led here is the one to show
             return
-
-
-def hugging_face_index(manifest: Manifest) -> bytes | None:
-    """`model.safetensors.index.json`, by which Hugging Face's libraries find the weights; None unless the checkpoint
-    has a model whose tensors are all whole. A file of an earlier step is named relative to the step folder."""
-    if manifest.model is None:
-        return None
-    homes: dict[str, str] = {}
-    total = 0
-    for name in manifest.model.tensors:
-        tensor = manifest.tensors[model_key(name)]
-        if len(tensor.shards) != 1:
-            return None
-        file = manifest.files[int(tensor.shards.file[0])]
-        homes[file_key(model_key(name))] = file.name if file.step == manifest.step else f"../{file.path}"
-        total += math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-    index = {"metadata": {"total_size": total}, "weight_map": homes}
-    return json.dumps(index, indent=2, sort_keys=True).encode()
 
 
 def _same(value: Json) -> Json:

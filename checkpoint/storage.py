@@ -141,7 +141,9 @@ class LocalStorage:
                 os.fsync(handle)
             finally:
                 os.close(handle)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno and error.filename is None:
+                error.filename = str(place)
             place.unlink(missing_ok=True)
             raise
 
@@ -233,6 +235,9 @@ def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # SMB and some others sync no folders
+            raise
     finally:
         os.close(handle)
 
@@ -332,9 +337,7 @@ class RemoteStorage:
         size = sum(len(target) for target in targets)
         if not size:
             return
-        place = self._path(path)
-        # By keyword: the second positional argument of s3fs is a version.
-        data = memoryview(self._try(path, lambda: self.fs.cat_file(place, start=start, end=start + size)))
+        data = memoryview(self._try(path, lambda: self._fetch(self._path(path), start, size)))
         if len(data) != size:
             raise CheckpointError(f"{self.url}/{path} gave {len(data)} of the {size} bytes at {start}")
         at = 0
@@ -344,6 +347,16 @@ class RemoteStorage:
                 at += len(view)
                 if each is not None:
                     each(view)
+
+    def _fetch(self, place: str, start: int, size: int) -> bytes:
+        """These bytes of an object. An answer that ends early, though the object does not, is a failed request."""
+        # By keyword: the second positional argument of s3fs is a version.
+        data: bytes = self.fs.cat_file(place, start=start, end=start + size)
+        if len(data) < size:
+            self.fs.invalidate_cache(place)
+            if self.fs.info(place)["size"] >= start + size:
+                raise ConnectionError(f"the answer ended after {len(data)} of {size} bytes")
+        return data
 
     def in_memory(self, path: str, start: int, stop: int) -> bool:
         """See Storage: none are here."""

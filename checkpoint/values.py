@@ -30,6 +30,7 @@ from .errors import CheckpointError
 Json = Any
 _LARGEST_TENSOR = 1 << 16  # bytes; a larger tensor belongs in a data file
 _DEEPEST = 64
+_LONGEST_INT = 4096  # bits; Python itself refuses to read a number of more than 4300 digits
 _SPECIAL = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -183,6 +184,8 @@ def check_json(value: Any, where: str, depth: int = 0) -> None:
     """Raise CheckpointError, naming the key path, unless `value` comes back from JSON equal and of the same types."""
     if depth > _DEEPEST:
         raise CheckpointError(f"{where} is nested more than {_DEEPEST} deep")
+    if type(value) is int and value.bit_length() > _LONGEST_INT:
+        raise CheckpointError(f"{where} is a number of {value.bit_length()} bits, more than the {_LONGEST_INT} allowed")
     if value is None or type(value) in (bool, str, int):
         return
     if type(value) is float:

@@ -11,12 +11,11 @@ from typing import Any
 
 import xxhash
 
-from .catalog import Found, damaged_mark, find, look, note_damage, verified_mark
+from .assemble import hugging_face_index
+from .catalog import Found, damaged_mark, look, newest_completed, note_damage, verified_mark
 from .dtypes import DTYPES
 from .errors import CheckpointError, StorageError
-from .manifest import from_bytes
 from .records import INDEX, MANIFEST, DataFile, Manifest, step_folder
-from .saving import hugging_face_index
 from .storage import Storage, open_storage
 
 Progress = Callable[[int, int], Any]
@@ -53,7 +52,7 @@ class Verified:
 def verify(
     url: str | os.PathLike[str], step: int | None = None, progress: Progress | None = None, mark: bool = True
 ) -> Verified:
-    """Read all of the checkpoint of `step` (default: the newest complete one) under `url` and check every byte.
+    """Read all of the checkpoint of `step` (default: the newest that has a manifest) under `url` and check every byte.
 
     A checkpoint that is not complete is a problem and no error. Not collective.
 
@@ -69,19 +68,22 @@ def verify(
         StorageError: the storage is out of reach.
     """
     storage = open_storage(url)
+    number = newest_completed(storage) if step is None else step
+    if number is None:
+        raise CheckpointError(f"there is no complete checkpoint at {storage.url}")
+    found = look(storage, number, notes=False)
     if step is None:
-        step = from_bytes(find(storage, None)[1]).step
-    found = look(storage, step, notes=False)
+        found.refuse_newer()
     if MANIFEST not in found.sizes:
         found.raise_problem()
     if found.problem is not None or found.manifest is None:
-        return Verified(step, found.url, 0, 0, (str(found.problem),))
+        return Verified(number, found.url, 0, 0, (str(found.problem),))
     manifest = found.manifest
     problems = _Reader(storage, manifest, progress).problems()
     if mark:
         _note(storage, found, problems)
     problems += _index(storage, manifest, found.sizes)
-    return Verified(step, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
+    return Verified(number, found.url, len(manifest.files), manifest.nbytes, tuple(problems))
 
 
 def note_sound(storage: Storage, manifest: Manifest, data: bytes) -> None:

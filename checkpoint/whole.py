@@ -11,6 +11,7 @@ from itertools import chain
 import xxhash
 
 from ..pieces import Box
+from .assemble import hugging_face_index
 from .catalog import find
 from .datafile import Item, Origin, header
 from .dtypes import DTYPES, memory
@@ -18,7 +19,6 @@ from .errors import CheckpointError
 from .manifest import from_bytes, place, to_bytes
 from .plan import pack
 from .records import INDEX, MANIFEST, DataFile, Manifest, StoredTensor, step_folder
-from .saving import hugging_face_index
 from .shards import Shards
 from .storage import Storage, open_storage
 from .windows import Progress, Source, hashed, shapes_only

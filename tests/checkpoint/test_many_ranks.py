@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, latest, load, prune, save, steps, storage
+from fastopt.checkpoint import CheckpointError, latest, load, prune, retries, save, steps, storage
 
 from ..ranks import RankPool, run_ranks
 from .jobs import Cut, Small, adam_job, bits, data_files, element_values, everything, groups_of, train
@@ -201,6 +201,7 @@ def differ(rank: int, world: int, root: str, what: str) -> None:
     opt = Adam(groups_of(model), lr=0.1)
     train(model, opt)
     step, place = 1, root
+    loader: Any = torch.amp.GradScaler("cpu") if what == "loader" and rank == 0 else None
     if rank == 1:
         if what == "step":
             step = 2
@@ -222,7 +223,7 @@ def differ(rank: int, world: int, root: str, what: str) -> None:
             opt.state[model.narrow]["grad_avg"] = torch.zeros(3)
         elif what == "group":
             opt = Adam(groups_of(model)[::-1], lr=0.1)
-    save(place, step=step, model=model, opt=opt)
+    save(place, step=step, model=model, opt=opt, loader=loader)
 
 
 DIFFERENCES = {
@@ -236,6 +237,7 @@ DIFFERENCES = {
     "count": "state 'step' of 'narrow': ['value', 3] on rank 0, ['value', 9] on rank 1",
     "state": "state 'grad_avg' of 'narrow'",
     "group": "opt 'groups' 0 'params'",
+    "loader": "ranks disagree on having a loader: 1 on rank 0, 0 on rank 1",
 }
 
 
@@ -291,6 +293,7 @@ def test_an_error_on_one_rank_is_raised_on_all(fault: str, text: str, ranks: Ran
 
 def unshared(rank: int, world: int) -> None:
     """Save to a place that every rank has for itself."""
+    retries.WAITS = (0.1,)
     save("memory://alone", step=1, model=Small())
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.optim import lr_scheduler as schedules
 
 from fastopt import SGD, Adam, Lamb, Larc, OptimWrapper, QHAdam, RAdam, RMSProp, ranger
 from fastopt.checkpoint import CheckpointError, latest, load, save
@@ -71,6 +72,49 @@ def test_flags_and_values_of_a_state_come_back(tmp_path: Path) -> None:
     assert fresh.state[other.scale]["step"] == 3
 
 
+def test_a_state_may_hold_nested_values(tmp_path: Path) -> None:
+    """Of any optimizer: dicts, lists, nothing, numbers that JSON lacks, small tensors inside of them."""
+    model = nn.Linear(3, 3)
+    state = {"a": {"b": [1, {"c": torch.ones(2), 4: math.inf}], "none": None}, "flag": True, "pair": (1, 2.5)}
+    opt, other = torch.optim.SGD(model.parameters()), torch.optim.SGD(model.parameters())
+    opt.state[model.weight] = state
+    save(tmp_path, step=1, model=model, opt=opt)
+    load(tmp_path, model=model, opt=other)
+    assert bits(other.state[model.weight]) == bits(state)
+    opt.state[model.weight] = {"list": [torch.ones(20_000)]}
+    with pytest.raises(CheckpointError, match=r"state 'list' of 'weight'\[0\] is a tensor of 80000 bytes"):
+        save(tmp_path, step=2, model=model, opt=opt)
+
+
+def test_what_was_not_there_yet_is_not_there_afterwards(tmp_path: Path) -> None:
+    """An optimizer before its first step, and a group that was added later."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    opt = Adam(model[0].parameters(), lr=0.1)
+    save(tmp_path, step=0, model=model, opt=opt)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    load(tmp_path, model=model, opt=opt)
+    assert not opt.state
+    assert opt.state_dict()["state"] == {}
+    opt.add_param_group({"params": list(model[1].parameters()), "lr": 0.5})
+    opt.step()
+    save(tmp_path, step=1, model=model, opt=opt)
+    with pytest.raises(CheckpointError, match=r"missing in the checkpoint's optimizer: 1\.weight, 1\.bias"):
+        load(tmp_path, model=model, opt=opt, step=0)
+    with pytest.raises(CheckpointError, match=r"unexpected in the checkpoint's optimizer: 1\.weight, 1\.bias"):
+        load(tmp_path, model=model, opt=Adam(model[0].parameters()))
+    fresh = Adam(model[0].parameters())
+    fresh.add_param_group({"params": list(model[1].parameters())})
+    load(tmp_path, model=model, opt=fresh)
+    assert bits(fresh.state_dict()) == bits(opt.state_dict())
+
+
+def test_a_model_of_nothing(tmp_path: Path) -> None:
+    save(tmp_path, step=1, model=nn.Module(), extra="x")
+    assert load(tmp_path, model=nn.Module()).extra == "x"
+
+
 def test_parameters_are_known_by_name_not_by_place(tmp_path: Path) -> None:
     model, opt, schedule = adam_job()
     train(model, opt, schedule)
@@ -117,28 +161,46 @@ def test_torch_optimizers_are_saved_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda opt: torch.optim.lr_scheduler.MultiStepLR(opt, [1, 3, 3]),
-        lambda opt: torch.optim.lr_scheduler.OneCycleLR(opt, [0.1, 0.2], total_steps=20),
-        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda n: 1 / (n + 1)),
-        lambda opt: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(opt, 3),
-        lambda opt: torch.optim.lr_scheduler.SequentialLR(
-            opt,
-            [torch.optim.lr_scheduler.ConstantLR(opt), torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)],
-            milestones=[2],
+        lambda opt: schedules.MultiStepLR(opt, [1, 3, 3]),
+        lambda opt: schedules.OneCycleLR(opt, [0.1, 0.2], total_steps=20),
+        lambda opt: schedules.CyclicLR(opt, [0.1, 0.2], [0.3, 0.5], step_size_up=2),
+        lambda opt: schedules.LambdaLR(opt, lambda n: 1 / (n + 1)),
+        lambda opt: schedules.MultiplicativeLR(opt, lambda n: 0.9),
+        lambda opt: schedules.PolynomialLR(opt, 5),
+        lambda opt: schedules.CosineAnnealingLR(opt, 7),
+        lambda opt: schedules.CosineAnnealingWarmRestarts(opt, 3),
+        lambda opt: schedules.ReduceLROnPlateau(opt, patience=1, min_lr=[0.01, 0.02]),
+        lambda opt: schedules.ChainedScheduler([schedules.LinearLR(opt), schedules.ExponentialLR(opt, 0.5)]),
+        lambda opt: schedules.SequentialLR(
+            opt, [schedules.ConstantLR(opt), schedules.ExponentialLR(opt, 0.5)], milestones=[2]
         ),
+        lambda opt: torch.optim.swa_utils.SWALR(opt, [0.1, 0.2]),
     ],
 )
-def test_schedules_come_back(make: Any, tmp_path: Path) -> None:
-    model, opt, _ = adam_job()
-    schedule = make(opt)
-    train(model, opt, schedule, 2)
+@pytest.mark.parametrize("order", [1, -1])
+def test_schedules_come_back(make: Any, order: int, tmp_path: Path) -> None:
+    """Of every kind that torch has, also with the groups the other way round."""
+
+    def job_of(seed: int, order: int) -> Any:
+        model = Small(seed)
+        opt = Adam([{"params": p, "lr": lr} for p, lr in zip(groups_of(model), (0.01, 0.1), strict=True)][::order])
+        return model, opt, make(opt)
+
+    def go_on(opt: Any, schedule: Any, steps: range) -> list[Any]:
+        rates = []
+        for n in steps:
+            opt.step()
+            schedule.step(*[n % 3] if isinstance(schedule, schedules.ReduceLROnPlateau) else [])
+            rates.append([(group["lr"], group["betas"]) for group in opt.param_groups])
+        return rates
+
+    model, opt, schedule = job_of(0, 1)
+    go_on(opt, schedule, range(3))
     save(tmp_path, step=1, model=model, opt=opt, scheduler=schedule)
-    other, fresh, _ = adam_job(1)
-    after = make(fresh)
+    other, fresh, after = job_of(1, order)
     load(tmp_path, model=other, opt=fresh, scheduler=after)
-    for _ in range(4):
-        assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in opt.param_groups]
-        opt.step(), schedule.step(), fresh.step(), after.step()
+    expected = go_on(opt, schedule, range(3, 8))
+    assert [rates[::order] for rates in go_on(fresh, after, range(3, 8))] == expected
 
 
 DTYPES = [

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, latest, load, prune, retries, save, steps
+from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, retries, save, steps, verify
 from fastopt.checkpoint.errors import StorageError
 from fastopt.checkpoint.storage import Storage, open_storage
 from fastopt.distributed import shard
@@ -72,6 +72,30 @@ def test_saved_and_loaded(root: str) -> None:
     assert steps(root) == [3, 6]
     assert prune(root, keep=1) == [3]
     assert open_storage(root).sizes("") == {"step-00000006": None}
+
+
+def test_a_prefix_of_any_characters(root: str) -> None:
+    url = f"{root}/with space/ü?a=b&c#d+%20*[x]"
+    for step in (1, 2):
+        save(url, step=step, model=Small(step))
+    model = Small()
+    load(url, model=model)
+    assert bits(dict(model.state_dict())) == bits(dict(Small(2).state_dict()))
+    assert prune(url, keep=1) == [1]
+    assert steps(url) == [2]
+    assert verify(url).sound
+
+
+@pytest.mark.parametrize(
+    "call", [latest, steps, load, verify, lambda url: save(url, step=2), lambda url: prune(url, 1)]
+)
+def test_wrong_credentials_are_no_empty_place(call: Any, root: str, server: S3Server, impatient: None) -> None:
+    save(root, step=1, model=Small())
+    server.fail(status=403, code="InvalidAccessKeyId", method="", times=99)
+    with pytest.raises(StorageError, match=rf"{root}.*InvalidAccessKeyId"):
+        call(root)
+    with Checkpointer(root) as checkpoints, pytest.raises(CheckpointError, match="InvalidAccessKeyId"):
+        checkpoints.load(model=Small())
 
 
 def test_only_new_objects_are_put_and_none_is_copied(root: str, server: S3Server) -> None:
