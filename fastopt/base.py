@@ -315,6 +315,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
             self.defaults.pop("differentiable", None)
         if not isinstance(self.state, ParamState):
             self.state = ParamState(self.state)
+        self.state.admit_marks()
 
 
 def _is_observed(opt: Any) -> bool:

@@ -9,6 +9,9 @@ state have the shape of `p` unless said otherwise. Three attributes describe a c
   part, and norms of the whole through `whole_norm`; `'whole'`: all of it. Where nothing is declared it is found by
   recording the chain: `'whole'` if that is not possible.
 - `like_param`: names of states that have the parameter's shape, so that a checkpoint of another shape is refused.
+- `dense`: True where sparse gradients are refused, before a step changes anything.
+
+Real and imaginary parts of complex parameters step by themselves, as in `torch.optim`; norms are of both.
 
 Notation in the formulas: p parameter, g gradient, a `grad_avg`, v `sqr_avg`, t `step`, m `mom`, s `sqr_mom`.
 """
@@ -31,12 +34,15 @@ Count = int | Tensor  # a 0-d tensor on the device of the parameter in groups th
 State = dict[str, Any]
 
 
-def declare(needs: str, defaults: dict[str, Any] | None = None, like_param: tuple[str, ...] = ()) -> Callable[[F_], F_]:
-    """Attach the attributes that describe a cb: `needs`, `defaults` and `like_param` (see the module's docstring)."""
+def declare(
+    needs: str, defaults: dict[str, Any] | None = None, like_param: tuple[str, ...] = (), dense: bool = False
+) -> Callable[[F_], F_]:
+    """Attach the attributes that describe a cb, see the module's docstring."""
 
     def attach(cb: F_) -> F_:
         cb.needs = needs  # type: ignore[attr-defined]
         cb.like_param = like_param  # type: ignore[attr-defined]
+        cb.dense = dense  # type: ignore[attr-defined]
         if defaults is not None:
             cb.defaults = defaults  # type: ignore[attr-defined]
         return cb
@@ -61,6 +67,11 @@ def _grad(p: Tensor) -> Tensor:
     """The gradient's data; the engine calls a cb only where there is one."""
     assert p.grad is not None
     return p.grad.data
+
+
+def _real(x: Tensor) -> Tensor:
+    """A complex tensor as a real one that is twice as large; any other as it is."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 # ---- decay and plain steps
@@ -114,20 +125,20 @@ def average_grad(
     return {"grad_avg": grad_avg}
 
 
-@declare("elementwise", defaults={"sqr_mom": 0.99}, like_param=("sqr_avg",))
+@declare("elementwise", defaults={"sqr_mom": 0.99}, like_param=("sqr_avg",), dense=True)
 def average_sqr_grad(
     p: Tensor, sqr_mom: Scalar, dampening: bool = True, sqr_avg: Tensor | None = None, **kwargs: Any
 ) -> State:
     """Mean square in the state `sqr_avg`: v <- s * v + g^2, or with `dampening` v <- s * v + (1 - s) * g^2."""
-    grad = _grad(p)
     if sqr_avg is None:
-        sqr_avg = torch.zeros_like(grad)
-    sqr_avg.mul_(sqr_mom)
+        sqr_avg = torch.zeros_like(_grad(p))
+    grad, average = _real(_grad(p)), _real(sqr_avg)
+    average.mul_(sqr_mom)
     scale = 1 - sqr_mom if dampening else 1.0
     if isinstance(scale, Tensor):
-        sqr_avg.addcmul_(grad, grad * scale.to(grad.device))
+        average.addcmul_(grad, grad * scale.to(grad.device))
     else:
-        sqr_avg.addcmul_(grad, grad, value=scale)
+        average.addcmul_(grad, grad, value=scale)
     return {"sqr_avg": sqr_avg}
 
 
@@ -166,13 +177,13 @@ def rms_prop_step(
 
     Hinton's lecture 6, http://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf.
     """
-    direction = _grad(p) if grad_avg is None else grad_avg
-    _add_scaled(p.data, direction / sqr_avg.sqrt().add_(eps), -lr)
+    direction = _real(_grad(p) if grad_avg is None else grad_avg)
+    _add_scaled(_real(p.data), direction / _real(sqr_avg).sqrt().add_(eps), -lr)
 
 
 def _debiased_root(sqr_avg: Tensor, sqr_mom: Scalar, step: Count) -> Tensor:
-    """sqrt(v / (1 - s^t)), in a new tensor."""
-    return (sqr_avg / debias(sqr_mom, 1 - sqr_mom, step)).sqrt_()
+    """sqrt(v / (1 - s^t)), in a new real tensor."""
+    return (_real(sqr_avg) / debias(sqr_mom, 1 - sqr_mom, step)).sqrt_()
 
 
 @declare("elementwise", defaults={"eps": 1e-5})
@@ -191,8 +202,8 @@ def adam_step(
 
     Kingma and Ba, https://arxiv.org/abs/1412.6980.
     """
-    update = grad_avg / _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
-    _add_scaled(p.data, update, -lr / debias(mom, 1 - mom, step))
+    update = _real(grad_avg) / _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
+    _add_scaled(_real(p.data), update, -lr / debias(mom, 1 - mom, step))
 
 
 @declare("elementwise", defaults={"eps": 1e-5})
@@ -216,19 +227,20 @@ def radam_step(
 
     Liu et al., https://arxiv.org/abs/1908.03265; softplus: Tong et al., https://arxiv.org/abs/1908.00700.
     """
+    data, average = _real(p.data), _real(grad_avg)
     scale = -lr / debias(mom, 1 - mom, step)
     r_inf = 2 / (1 - sqr_mom) - 1
     r = r_inf - 2 * step * sqr_mom**step / (1 - sqr_mom**step)
     if (r_inf if isinstance(r, Tensor) else r) <= 5:
-        return _add_scaled(p.data, grad_avg, scale)
+        return _add_scaled(data, average, scale)
     above = r.clamp(min=5) if isinstance(r, Tensor) else r
     rectification = (((above - 4) * (above - 2) * r_inf) / ((r_inf - 4) * (r_inf - 2) * above)) ** 0.5
     denominator = _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
     if beta:
         denominator = F.softplus(denominator, beta)
     if isinstance(r, Tensor):  # both ways, because only the device knows
-        return _add_scaled(p.data, torch.where(r > 5, grad_avg / denominator * rectification, grad_avg), scale)
-    return _add_scaled(p.data, grad_avg / denominator, scale * rectification)
+        return _add_scaled(data, torch.where(r > 5, average / denominator * rectification, average), scale)
+    return _add_scaled(data, average / denominator, scale * rectification)
 
 
 @declare("elementwise", defaults={"eps": 1e-8})
@@ -251,16 +263,16 @@ def qhadam_step(
 
     Ma and Yarats, https://arxiv.org/abs/1810.06801.
     """
-    grad = _grad(p)
-    above = grad * (1 - nu_1) + grad_avg * (nu_1 / debias(mom, 1 - mom, step))
-    below = grad * grad * (1 - nu_2) + sqr_avg * (nu_2 / debias(sqr_mom, 1 - sqr_mom, step))
-    _add_scaled(p.data, above / below.sqrt_().add_(eps), -lr)
+    grad = _real(_grad(p))
+    above = grad * (1 - nu_1) + _real(grad_avg) * (nu_1 / debias(mom, 1 - mom, step))
+    below = grad * grad * (1 - nu_2) + _real(sqr_avg) * (nu_2 / debias(sqr_mom, 1 - sqr_mom, step))
+    _add_scaled(_real(p.data), above / below.sqrt_().add_(eps), -lr)
 
 
 # ---- steps with norms of the whole parameter
 
 
-@declare("norm", defaults={"trust_coeff": 0.02, "wd": 0.0, "eps": 1e-8})
+@declare("norm", defaults={"trust_coeff": 0.02, "wd": 0.0, "eps": 1e-8}, dense=True)
 def larc_layer_lr(
     p: Tensor,
     lr: Scalar,
@@ -276,7 +288,7 @@ def larc_layer_lr(
     With `clip` (LARC) it is at most `lr`; without (LARS) it is not bounded. Where |p| or |g| is 0 it is `lr`. `wd`
     counts only for parameters that decay. You, Gitman and Ginsburg, https://arxiv.org/abs/1708.03888.
     """
-    p_norm, g_norm = whole_norm(p.data, _grad(p))
+    p_norm, g_norm = whole_norm(_real(p.data), _real(_grad(p)))
     decay = wd * p_norm if do_wd else 0.0
     ratio = trust_coeff * p_norm / (g_norm + decay + eps)
     local_lr = lr * torch.where((p_norm == 0) | (g_norm == 0), torch.ones_like(ratio), ratio)
@@ -308,12 +320,12 @@ def lamb_step(
     The ratio is 1 where either root mean square is 0. Weight decay is not part of u (unlike the paper).
     You et al., https://arxiv.org/abs/1904.00962.
     """
-    update = grad_avg / _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
+    update = _real(grad_avg) / _debiased_root(sqr_avg, sqr_mom, step).add_(eps)
     update.div_(debias(mom, 1 - mom, step))
-    p_rms, update_rms = whole_rms(p.data, update)
+    p_rms, update_rms = whole_rms(_real(p.data), update)
     ratio = (p_rms / update_rms).clamp(max=10.0)
     ratio = torch.where((p_rms == 0) | (update_rms == 0), torch.ones_like(ratio), ratio)
-    _add_scaled(p.data, update, -lr * ratio)
+    _add_scaled(_real(p.data), update, -lr * ratio)
 
 
 # ---- Lookahead

@@ -94,10 +94,31 @@ class ParamState(defaultdict[Any, Any]):
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self).of((deepcopy(p, memo), deepcopy(entry, memo)) for p, entry in self.items())
+        return type(self)._copied((deepcopy(p, memo), deepcopy(entry, memo)) for p, entry in self._all())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ParamState.of, ([(p, dict(entry)) for p, entry in self.items() if entry],)
+        return ParamState._copied, ([(p, dict(entry)) for p, entry in self._all()],)
+
+    def _all(self) -> list[tuple[Any, dict[str, Any]]]:
+        """The entries with anything in them, those that wait for `admit_marks` too."""
+        return [(p, entry) for p, entry in (*self.items(), *self._unborn.items()) if entry]
+
+    @classmethod
+    def _copied(cls, entries: Iterable[tuple[Any, Mapping[str, Any]]]) -> Self:
+        """A state with copies of `entries`, in which those with nothing but marks wait for `admit_marks`: torch's
+        optimizers, which look through their states when they are copied, take every entry for training state."""
+        state = cls()
+        for p, entry in entries:
+            if entry.keys() - FLAGS:
+                state[p].update(entry)
+            else:
+                dict.update(state[p], entry)
+        return state
+
+    def admit_marks(self) -> None:
+        """Let the marks of parameters without training state enter the mapping."""
+        for p, entry in [(p, entry) for p, entry in self._unborn.items() if entry]:
+            self[p] = entry
 
 
 class Entry(Watched):

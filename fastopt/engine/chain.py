@@ -270,15 +270,16 @@ class Seen:
 
 
 def _state_output(recorder: Recorder, key: str, before: Any, x: RecordedTensor) -> Output | None:
-    """Where a state that is a tensor goes: into the tensor that is there, or into a new one."""
+    """Where a state that is a tensor goes: into the tensor that is there, if it is like it, or into a new one."""
     place, node = f"state {key}", recorder.nodes[x.cell.value]
     if node.op == "input" and node.args[0] == place:
         return None
     if isinstance(before, RecordedTensor):
         assert before.cell.place == place
         origin = next(n for n in recorder.nodes if n.op == "input" and n.args[0] == place)
-        fits = origin.dtype == node.dtype and (origin.whole or not node.whole)
-        return Output(place, x.cell.value, node.dtype, origin.whole if fits else node.whole, not fits)
+        if origin.dtype != node.dtype or not (origin.whole == node.whole or recorder.zero_dim):
+            recorder.refuse(f"the state {key!r} changes its dtype or shape")
+        return Output(place, x.cell.value, node.dtype, origin.whole, False)
     return Output(place, x.cell.value, node.dtype, node.whole, True)
 
 
@@ -323,7 +324,20 @@ def kind_of(p: Tensor, state: Mapping[str, Any]) -> Kind:
         raise NotRecordable("a gradient is a view that stands for its negative")
     if grad.shape != p.shape or grad.device != p.device:
         raise NotRecordable("a gradient differs from its parameter in shape or device")
-    return (p.dtype, grad.dtype, p.device, p.ndim == 0, *((k, _state_kind(p, k, v)) for k, v in state.items()))
+    kinds = [(k, _state_kind(p, k, v)) for k, v in state.items()]
+    _check_apart(p, state)
+    return (p.dtype, grad.dtype, p.device, p.ndim == 0, *kinds)
+
+
+def _check_apart(p: Tensor, state: Mapping[str, Any]) -> None:
+    """Raise where two tensors of a parameter are one: a cb that changes one would change the other."""
+    named = [("the parameter", p), ("the gradient", p.grad), *((f"the state {k!r}", v) for k, v in state.items())]
+    seen: dict[int, str] = {}
+    for name, x in named:
+        if isinstance(x, Tensor) and x.numel() and (at := x.data_ptr()):
+            if at in seen:
+                raise NotRecordable(f"{name} lies where {seen[at]} lies")
+            seen[at] = name
 
 
 def _grad_of(p: Tensor) -> Tensor:

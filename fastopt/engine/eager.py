@@ -7,9 +7,10 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .describe import cb_name, needs_of, required
+from .describe import attribute, cb_name, needs_of, required
 from .master import MASTER, StandIn, has_master
 from .reductions import across_processes
 from .work import GroupWork, Reduce
@@ -45,6 +46,21 @@ def run_eager(cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork], redu
                 across_processes(calls, reduce)
     for master in masters:
         master.finish()
+
+
+def check_dense(cbs: Sequence[Callable[..., Any]], work: Sequence[GroupWork]) -> None:
+    """Raise a RuntimeError where a gradient is sparse and a cb is declared `dense`; nothing has changed then."""
+    refusing = next((cb_name(cb) for cb in cbs if attribute(cb, "dense", False)), None)
+    if refusing is None:
+        return
+    for group in work:
+        for p in group.params:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} in group {group.index} has a sparse gradient, which "
+                    f"{refusing} cannot take: use dense gradients (Embedding(sparse=False)), SGD, or "
+                    f"OptimWrapper(params, opt=torch.optim.SparseAdam)"
+                )
 
 
 def _seen(p: Tensor, state: MutableMapping[str, Any], masters: list[StandIn]) -> Tensor:

@@ -50,7 +50,7 @@ class Recorder:
         self.slots: list[Any] = []
         self.refusal: str | None = None
         self.cb = ""
-        self._shape = () if zero_dim else (0,)
+        self.zero_dim = zero_dim
         self._known: dict[Node, int] = {}
         self._slot_of: dict[Any, int] = {}
 
@@ -112,7 +112,7 @@ class Recorder:
     def _like(self, i: int) -> Tensor:
         """A tensor with the dtype of node `i`, for torch's rules; empty, since on the meta device Dynamo comes in."""
         node = self.nodes[i]
-        return torch.empty(self._shape if node.whole else (), dtype=node.dtype, device="cpu")
+        return torch.empty((0,) if node.whole and not self.zero_dim else (), dtype=node.dtype, device="cpu")
 
     def call(self, op: str, operands: Iterable[Any]) -> RecordedTensor:
         """Record one operation of `OPS`; its dtype is what torch gives."""
@@ -151,6 +151,8 @@ class Recorder:
         node = self.nodes[x.cell.value]
         if not node.whole:
             self.refuse(f"a {op.replace('_', ' ')} over one number")
+        if node.dtype not in FLOATS:  # torch counts those in integers
+            self.refuse(f"a {op.replace('_', ' ')} of {node.dtype}")
         return self.new(self.node(op, (Value(x.cell.value),), dtype or node.dtype, False))
 
     def count(self, dtype: torch.dtype) -> RecordedTensor:

@@ -15,7 +15,7 @@ from .blocks import run_blocks
 from .chain import Chain
 from .choice import DEFAULT, NOT_COMPILED, WITHOUT_LLVM, Choice, requested
 from .describe import Needs, attribute, chain_needs, larger, undeclared
-from .eager import run_eager
+from .eager import check_dense, run_eager
 from .llvm_compile import llvm_is_there
 from .llvm_run import can_run, run_llvm
 from .master import add_masters
@@ -127,6 +127,7 @@ class Engine:
         name, reason = requested(self.name)
         self.recorded = False
         if name == "eager":
+            check_dense(cbs, work)
             _only_recorded(recorded, reason)
             self._add_masters(work)
             _only_kernels_replay(launch)
@@ -140,6 +141,7 @@ class Engine:
             self.recorded = True
             self._execute(again, name, reduce, launch, part)
             return
+        check_dense(cbs, work)
         self._steady.pop(part, None)
         self._whole = None
         self._forget_steps_of(work)

@@ -228,7 +228,8 @@ class Steady:
     """
 
     def __init__(self, work: Sequence[GroupWork], cohorts: Sequence[Cohort], chain: Chain, by_column: bool) -> None:
-        self.reusable = not any(
+        # without cohorts nothing would notice that a frozen parameter is marked `force_train`
+        self.reusable = bool(cohorts) and not any(
             cohort.split or any(out.fresh for out in cohort.program.outputs) or row.recorded.created
             for cohort in cohorts
             for row in cohort.rows

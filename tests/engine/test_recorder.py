@@ -83,7 +83,27 @@ def swallows(p, lr, **kwargs):
         p.data.zero_()
 
 
+def counts_signs(p, lr, **kwargs):
+    p.data.sub_(lr * p.grad * (p.data > 0).sum())
+
+
+def widens_its_state(p, lr, average=None, **kwargs):
+    average = p.grad.clone() if average is None else average.double() + p.grad
+    p.data.sub_(lr * average)
+    return {"average": average}
+
+
+def keeps_one_state_twice(p, lr, one=None, two=None, **kwargs):
+    if one is None:
+        one = two = torch.ones_like(p)
+    one.mul_(0.5)
+    p.data.sub_(lr * two)
+    return {"one": one, "two": two}
+
+
 REFUSED = {
+    counts_signs: "a sum of torch.bool",
+    keeps_one_state_twice: "lies where the state 'one' lies",
     reads_value: "__bool__",
     reads_item: "item",
     uses_shape: "shape",
@@ -105,8 +125,20 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(cb: Any) -> None:
     assert torch.equal(ours, theirs)
     (choice,) = opt.engine
     assert choice.executor == "eager"
-    assert cb.__name__ in choice.reason
+    assert cb.__name__ in choice.reason or "lies where" in choice.reason
     assert REFUSED[cb] in choice.reason
+
+
+@pytest.mark.parametrize("engine", ["foreach", "llvm"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize("cb", [widens_its_state, keeps_one_state_twice], ids=lambda cb: cb.__name__)
+def test_states_that_change_their_kind_or_are_one(cb: Any, steps: int, engine: str) -> None:
+    ours, theirs = stepped(cb, engine, steps), stepped(cb, "eager", steps)
+    assert torch.allclose(ours[1], theirs[1], rtol=1e-6)
+    for a, b in zip(*(next(iter(opt.state.values())).items() for opt, _ in (ours, theirs)), strict=True):
+        assert a[0] == b[0]
+        assert a[1].dtype == b[1].dtype
+        assert torch.allclose(a[1], b[1])
 
 
 def test_a_global_number_is_read_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from fastopt import SGD, Adam, Lamb, Larc, Lookahead, Optimizer, QHAdam, RAdam, 
 from fastopt.cbs import debias
 
 from .reference import Reference
-from .samples import give_grads, tensors
+from .samples import Case, every_native, give_grads, tensors
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3), (1,)]
 LOOK = {"k": 3, "alpha": 0.3}
@@ -303,6 +303,33 @@ class TestEdges:
         wanted = before.clone()
         wanted[[1, 3]] -= 0.1
         torch.testing.assert_close(table.weight.detach(), wanted)
+
+    @pytest.mark.parametrize("engine", [None, "eager"])
+    def test_sparse_gradients_are_refused_before_anything_changes(self, engine: str | None) -> None:
+        p, table = torch.ones(2, requires_grad=True), torch.nn.Embedding(5, 2, sparse=True)
+        p.grad = torch.ones(2)
+        before = table.weight.detach().clone()
+        table(torch.tensor([1, 3])).sum().backward()
+        opt = Adam([[p], [table.weight]], lr=0.1, engine=engine)
+        with pytest.raises(RuntimeError, match=r"shape \(5, 2\) in group 1 has a sparse gradient.*average_sqr_grad"):
+            opt.step()
+        assert torch.equal(p, torch.ones(2))
+        assert torch.equal(table.weight, before)
+        assert not opt.state
+
+    @every_native
+    def test_complex_parameters_are_pairs_of_real_ones(self, case: Case) -> None:
+        p = torch.complex(torch.linspace(-1, 1, 5), torch.linspace(2, 0, 5)).requires_grad_()
+        pairs = torch.view_as_real(p.detach()).clone().requires_grad_()
+        one, two = case([p], lr=0.1), case([pairs], lr=0.1)
+        for i in range(8):
+            grad = torch.complex(torch.linspace(i, -1, 5), torch.linspace(1, 2, 5))
+            p.grad, pairs.grad = grad.conj() if i % 2 else grad, torch.view_as_real(grad).clone()
+            if i % 2:
+                pairs.grad[:, 1].neg_()
+            one.step()
+            two.step()
+            torch.testing.assert_close(torch.view_as_real(p.detach()), pairs.detach())
 
 
 DEFAULTS: list[tuple[Callable[..., Optimizer], dict[str, Any]]] = [

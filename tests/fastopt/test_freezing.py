@@ -115,6 +115,19 @@ def test_force_train_goes_on_in_a_frozen_group(case: Case) -> None:
     assert opt.state[params[1]]["force_train"] is True
 
 
+def test_a_mark_set_while_everything_is_frozen() -> None:
+    params = tensors((4,), (3,), requires_grad=True)
+    opt = SGD(params, lr=0.1)
+    opt.set_freeze(0, rg=False)
+    before = values(params)
+    run_steps(opt, params, range(3))
+    assert_same(params, before)
+    opt.state[params[1]]["force_train"] = True
+    run_steps(opt, params, range(1))
+    assert_same(params[:1], before[:1])
+    assert_moved(params[1:], before[1:])
+
+
 def test_set_freeze_of_one_group() -> None:
     params, opt = three()
     opt.state[params[1]] = {"force_train": True}

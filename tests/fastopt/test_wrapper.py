@@ -297,6 +297,22 @@ class TestRest:
         train(m, wrapper, range(2, 4))
         assert_same(m.parameters(), n.parameters())
 
+    @pytest.mark.parametrize(
+        "how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+    )
+    def test_copies_keep_marks_of_what_has_not_stepped(self, how: Callable[[Any], Any]) -> None:
+        params = tensors((2,), (3,), requires_grad=True)
+        wrapper = OptimWrapper([params[:1], params[1:]], opt=torch.optim.AdamW, lr=0.1)
+        wrapper.freeze()
+        wrapper.state[params[0]] = {"do_wd": False}
+        run_steps(wrapper, params, [0])
+        others, twin = how(how((params, wrapper)))
+        assert dict(twin.state[others[0]]) == {"do_wd": False}
+        assert others[0] in twin.state
+        twin.unfreeze()
+        run_steps(twin, others, [1])
+        assert twin.state[others[0]]["step"] == 1
+
     def test_freezing_and_marks_go_through_a_state_dict(self) -> None:
         params, others = tensors((2,), (3,), requires_grad=True), tensors((2,), (3,), requires_grad=True)
         one = OptimWrapper([params[:1], params[1:]], opt=torch.optim.AdamW, lr=0.1)
