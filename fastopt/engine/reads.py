@@ -100,6 +100,22 @@ class _Cells(Mapping[str, Any]):
         return len(self._cells)
 
 
+class _Body(Mapping[str, Any]):
+    """What of a function can be exchanged while it stays the same object, as a reload in a notebook does."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        self._function = function
+
+    def __getitem__(self, name: str) -> Any:
+        return self._function.__code__, self._function.__defaults__, dict(self._function.__kwdefaults__ or {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["body"])
+
+    def __len__(self) -> int:
+        return 1
+
+
 class _Scan:
     """Walks through the code of a cb and of the functions that it calls."""
 
@@ -133,21 +149,44 @@ class _Scan:
         self._seen.add(id(function))
         if function.__module__ == "fastopt.engine.reductions":
             return
+        if owner is not None and hasattr(type(owner), "__getattr__"):
+            self.refuse(f"is a {type(owner).__name__}, whose attributes come from a __getattr__")
+        if _root(function.__module__ or "") != "fastopt":
+            body = _Body(function)
+            self.reads.append((body, "body", body["body"]))
         for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
             if not _constant(value):
                 self.refuse(f"a default argument is a {type(value).__name__}, which can change unseen")
-        self.code(function.__code__, function.__globals__, _Cells(function), owner)
+        code = function.__code__
+        myself = code.co_varnames[0] if owner is not None and code.co_argcount else ""
+        self.code(code, function.__globals__, _Cells(function), owner, myself)
 
-    def code(self, code: types.CodeType, scope: dict[str, Any], cells: Mapping[str, Any], owner: Any) -> None:
+    def code(
+        self,
+        code: types.CodeType,
+        scope: dict[str, Any],
+        cells: Mapping[str, Any],
+        owner: Any,
+        myself: str,
+        hidden: frozenset[str] = frozenset(),
+    ) -> None:
+        """Walk through the code of a function, and of those in it.
+
+        Args:
+            code, scope, cells: of the function; a function within another has the cells of that.
+            owner, myself: the object whose method it is, and the name of the argument that this is.
+            hidden: names of variables of functions around it.
+        """
         steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
-        own = set(code.co_varnames)
         for i, step in enumerate(steps):
             path = [str(s.argval) for s in _attributes(steps[i + 1 :])]
             if step.opname == "LOAD_GLOBAL":
                 mapping = scope if step.argval in scope else vars(builtins)
                 self.name_read(mapping, str(step.argval), path)
-            elif step.opname in ("LOAD_DEREF", "LOAD_CLASSDEREF") and step.argval in cells:
+            elif step.opname == "LOAD_DEREF" and step.argval in cells and step.argval not in hidden:
                 self.name_read(cells, str(step.argval), path)
+            elif step.opname == "LOAD_BUILD_CLASS":
+                self.refuse("defines a class")
             elif step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                 step.opname in ("STORE_DEREF", "DELETE_DEREF")
                 and step.argval in code.co_freevars
@@ -160,22 +199,30 @@ class _Scan:
                 self.refuse(f"imports {step.argval}")
             elif owner is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 self.attribute_read(owner, str(step.argval))
+            if myself and _hands_on(myself, steps[i : i + 2]):
+                self.refuse(f"hands {myself} on, whose attributes can change unseen")
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
-                self.code(constant, scope, {k: v for k, v in cells.items() if k not in own}, owner)
+                inside = hidden | {*code.co_varnames, *code.co_cellvars}
+                self.code(constant, scope, cells, owner, myself, inside)
 
     def attribute_read(self, owner: Any, name: str) -> None:
         """An attribute of some object was read; if `owner` has one of that name, take it as read."""
-        if name in getattr(owner, "__dict__", {}):
-            self.note(vars(owner), name, vars(owner)[name], f"self.{name}")
-            return
+        own = getattr(owner, "__dict__", {})
+        if name in own:
+            return self.note(own, name, own[name], f"self.{name}")
+        home = next((cls for cls in type(owner).__mro__ if name in vars(cls)), None)
+        if home is None or home is object:
+            return None
+        self.reads += [(own, name, _MISSING), (vars(home), name, vars(home)[name])]  # another may come to stand there
         found = getattr(type(owner), name, None)
         if isinstance(found, types.FunctionType):
             self.function(found, owner)
         elif isinstance(found, property) and isinstance(found.fget, types.FunctionType):
             self.function(found.fget, owner)
-        elif found is not None and name in vars(type(owner)):
-            self.note(dict(vars(type(owner))), name, found, f"{type(owner).__name__}.{name}")
+        else:
+            self.note(vars(home), name, found, f"{home.__name__}.{name}")
+        return None
 
     def name_read(self, mapping: Mapping[str, Any], name: str, path: list[str]) -> None:
         """A global or closed-over name was read, and from what it is the attributes `path`."""
@@ -191,6 +238,8 @@ class _Scan:
             mapping, name, shown, path = vars(value), path[0], f"{shown}.{path[0]}", path[1:]
             value = mapping[name]
         self.note(mapping, name, value, shown)
+        if isinstance(value, types.FunctionType) and path and path[0] in vars(value):
+            self.note(vars(value), path[0], vars(value)[path[0]], f"{shown}.{path[0]}")
 
     def note(self, mapping: Mapping[str, Any], key: str, value: Any, shown: str) -> None:
         """Take over one value that the cb reads, or refuse it."""
@@ -231,6 +280,16 @@ def _attributes(steps: list[dis.Instruction]) -> Iterator[dis.Instruction]:
         if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
             return
         yield step
+
+
+def _hands_on(name: str, steps: list[dis.Instruction]) -> bool:
+    """Whether the first of `steps` loads the variable `name`, and the next does not ask it for an attribute."""
+    step, *following = steps
+    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+        return False
+    loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # some load two variables
+    asked = bool(following) and following[0].opname.endswith(("_ATTR", "_METHOD"))
+    return name in loaded[:-1] or (name == loaded[-1] and not asked)
 
 
 def _root(module: str) -> str:

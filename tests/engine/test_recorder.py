@@ -184,6 +184,122 @@ def test_a_number_of_a_closure_or_object_is_read_again() -> None:
     assert opt.engine[0].executor == "foreach"
 
 
+class Base:
+    factor = 1.0
+
+
+class Scaled(Base):
+    def __call__(self, p, lr, **kwargs):
+        p.data.sub_(lr * self.factor)
+
+
+class ScaledByGetattr(Base):
+    def __call__(self, p, lr, **kwargs):
+        p.data.sub_(lr * getattr(self, "factor"))  # noqa: B009
+
+
+class ScaledWithin(Base):
+    def __call__(self, p, lr, **kwargs):
+        p.data.sub_(sum(lr * self.factor for _ in range(2)))
+
+
+def _factor_of(x):
+    return x.factor
+
+
+class ScaledByHelper(Base):
+    def __call__(self, p, lr, **kwargs):
+        p.data.sub_(lr * _factor_of(self))
+
+
+class ScaledBySomething(Base):
+    def __getattr__(self, name):
+        if name != "something":
+            raise AttributeError(name)
+        return self.factor
+
+    def __call__(self, p, lr, **kwargs):
+        p.data.sub_(lr * self.something)
+
+
+def _of_object(kind: Any, of_class: bool) -> Any:
+    def make() -> Any:
+        cb = kind()
+        return cb, lambda x: setattr(Base if of_class else cb, "factor", x)
+
+    return make
+
+
+def _of_inner_function() -> Any:
+    factor = 1.0
+
+    def cb(p, lr, **kwargs):
+        def scaled():
+            return lr * factor
+
+        p.data.sub_(scaled() + sum(factor for _ in range(2)))
+
+    def change(x: float) -> None:
+        nonlocal factor
+        factor = x
+
+    return cb, change
+
+
+def _of_default() -> Any:
+    def cb(p, lr, factor=1.0, **kwargs):
+        p.data.sub_(lr * factor)
+
+    return cb, lambda x: setattr(cb, "__defaults__", (x,))
+
+
+def _of_function() -> Any:
+    def cb(p, lr, **kwargs):
+        p.data.sub_(lr * cb.factor)
+
+    cb.factor = 1.0  # type: ignore[attr-defined]
+    return cb, lambda x: setattr(cb, "factor", x)
+
+
+def _of_class_within() -> Any:
+    def cb(p, lr, **kwargs):
+        class Here:
+            factor = Base.factor
+
+        p.data.sub_(lr * Here.factor)
+
+    return cb, lambda x: setattr(Base, "factor", x)
+
+
+UNSEEN = {
+    "inner function": _of_inner_function,
+    "default": _of_default,
+    "attribute of a function": _of_function,
+    "class within": _of_class_within,
+    **{
+        f"{kind.__name__}, {'class' if of_class else 'object'}": _of_object(kind, of_class)
+        for kind in (Scaled, ScaledByGetattr, ScaledWithin, ScaledByHelper, ScaledBySomething)
+        for of_class in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("make", UNSEEN.values(), ids=UNSEEN)
+def test_what_a_cb_reads_in_other_ways_is_read_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for engine in ("foreach", "eager"):
+        monkeypatch.setattr(Base, "factor", 1.0)
+        cb, change = make()
+        p = torch.zeros(2)
+        opt = Optimizer([p], cb, lr=1.0, engine=engine)
+        for factor in (1.0, 1.0, 2.0, 2.0, 5.0):
+            p.grad = torch.ones(2)
+            change(factor)
+            opt.step()
+        ends.append(p.tolist())
+    assert ends[0] == ends[1]
+
+
 def test_numbers_that_decide_or_leave_python_are_guarded() -> None:
     def cb(p, lr, step=0, **kwargs):
         step += 1
