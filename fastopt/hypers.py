@@ -183,12 +183,19 @@ class HyperNames:
                 raise ValueError(f"{key!r} and {name!r} are the same hyper-parameter: give one of them")
             if separator and name in self._tuples:
                 tuples.setdefault(name, {})[int(index)] = value
+            elif key in self._tuples and not self.spread_all and not self._fits(key, value):
+                wanted = [hyper for place, hyper in self.hp_map.items() if place.startswith(f"{key}__")]
+                raise ValueError(f"{key}={value!r}, expected one number for each of {', '.join(wanted)}")
             else:
                 stored[name + separator + index] = value
         for name, items in tuples.items():
             whole = dict(enumerate(defaults.get(name, ()))) | items
             stored[name] = tuple(whole[i] for i in sorted(whole))
         return stored
+
+    def _fits(self, key: str, value: Any) -> bool:
+        """Whether a value of the tuple `key` has an item for each of its hypers."""
+        return isinstance(value, list | tuple) and len(value) == sum(x.startswith(f"{key}__") for x in self.hp_map)
 
 
 @lru_cache(maxsize=64)

@@ -13,7 +13,7 @@ from .checks import check_hyper
 from .hypers import Hyper, group_values
 from .optimizer import Optimizer
 from .optimizers import RAdam, _pick, _pick_betas
-from .wrapper import OptimWrapper
+from .wrapper import OptimWrapper, TorchStep, evaluates_closure
 
 
 class Lookahead(AroundChain):
@@ -44,6 +44,12 @@ class Lookahead(AroundChain):
             raise TypeError(f"Lookahead needs an optimizer with a chain of callbacks, got {got}")
         if lookahead_step in opt.cbs:
             raise ValueError("this optimizer already is a Lookahead: two of them would share one set of slow weights")
+        for cb in opt.cbs:
+            if isinstance(cb, TorchStep) and evaluates_closure(cb.opt):
+                raise TypeError(
+                    f"{type(cb.opt).__name__} evaluates the loss itself, again and again in one step: "
+                    f"Lookahead cannot stand around it"
+                )
         n_groups = len(opt.param_groups)
         hypers = {"k": group_values("k", k, n_groups), "alpha": group_values("alpha", alpha, n_groups)}
         for name, values in hypers.items():

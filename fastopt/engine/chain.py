@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -212,9 +213,14 @@ def _number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
+def _hyper_number(x: Any) -> bool:
+    """Whether a hyper is a number, perhaps one of numpy's, as some schedules write."""
+    return _number(x) or isinstance(x, np.floating | np.integer)
+
+
 def _hyper_leaf(recorder: Recorder, name: str, value: Any) -> Any:
     """What stands for one hyper while recording."""
-    if _number(value):
+    if _hyper_number(value):
         return recorder.tape.leaf(f"hypers[{name!r}]", name, value)
     if isinstance(value, tuple | list):
         items = (recorder.tape.leaf(f"hypers[{name!r}][{i}]", f"{name}[{i}]", x) for i, x in enumerate(value))
@@ -296,7 +302,7 @@ def hypers_kind(hypers: Mapping[str, Any]) -> Kind:
 
 
 def _hyper_kind(name: str, value: Any) -> Any:
-    if _number(value):
+    if _hyper_number(value):
         return type(value)
     if value is None or isinstance(value, bool | str):
         return ("is", value)

@@ -6,6 +6,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -368,3 +369,18 @@ def test_nothing_is_imported_for_it() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr  # a warning of the packages, or of what they import, is an error here
     assert done.stdout.split("\n") == ["[]", "[]", ""]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+def test_a_schedule_of_numpy_numbers_is_recorded(kind: Any) -> None:
+    ends = []
+    for engine in ("foreach", "eager"):
+        p, q = torch.linspace(0, 1, 4), torch.linspace(0, 1, 4)
+        opt = Adam([[p], [q]], engine=engine)
+        for i in range(4):
+            opt.param_groups[0]["lr"] = kind(1 / (i + 1))
+            p.grad, q.grad = torch.full((4,), 1.0 + i), torch.ones(4)
+            opt.step()
+        assert opt.engine[0].executor == engine
+        ends.append(torch.cat([p, q]))
+    assert torch.equal(*ends)

@@ -160,6 +160,15 @@ def test_both_spellings_in_one_group_are_refused(both: dict[str, Any]) -> None:
         Adam([{"params": [A], **both}])
 
 
+@pytest.mark.parametrize("betas", [0.9, (0.9,), (0.9, 0.9, 0.9)])
+def test_betas_that_are_no_pair_are_refused(betas: Any) -> None:
+    opt = Adam([A])
+    for build in (lambda group: Adam([group]), opt.add_param_group):
+        with pytest.raises(ValueError, match="expected one number for each of mom, sqr_mom"):
+            build({"params": [B], "betas": betas})
+    assert len(opt.param_groups) == 1
+
+
 def test_unknown_keys_of_a_group_are_kept() -> None:
     keys = {"name": "head", "lr_scale": 0.1, "fused": None, "foreach": False, "lookahead_k": 3, "initial_lr": 0.5}
     opt = Adam([{"params": [A], **keys}])

@@ -163,6 +163,11 @@ def test_it_needs_an_optimizer(wrong: Any) -> None:
         Lookahead(wrong)
 
 
+def test_an_optimizer_that_evaluates_the_loss_is_refused() -> None:
+    with pytest.raises(TypeError, match="LBFGS evaluates the loss itself"):
+        Lookahead(torch.optim.LBFGS([torch.ones(2, requires_grad=True)]))
+
+
 def test_two_of_them_are_refused() -> None:
     with pytest.raises(ValueError, match="already"):
         Lookahead(Lookahead(SGD(tensors((2,)))))
