@@ -149,8 +149,6 @@ class _Scan:
         self._seen.add(id(function))
         if function.__module__ == "fastopt.engine.reductions":
             return
-        if owner is not None and hasattr(type(owner), "__getattr__"):
-            self.refuse(f"is a {type(owner).__name__}, whose attributes come from a __getattr__")
         if _root(function.__module__ or "") != "fastopt":
             body = _Body(function)
             self.reads.append((body, "body", body["body"]))
@@ -178,6 +176,9 @@ class _Scan:
             hidden: names of variables of functions around it.
         """
         steps = [s for s in dis.get_instructions(code) if s.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+        for step in steps:
+            if step.opname in ("STORE_ATTR", "DELETE_ATTR") and step.argval not in ("data", "grad"):
+                self.refuse(f"sets the attribute {step.argval!r}")
         for i, step in enumerate(steps):
             path = [str(s.argval) for s in _attributes(steps[i + 1 :])]
             if step.opname == "LOAD_GLOBAL":
@@ -193,14 +194,12 @@ class _Scan:
                 and step.argval in cells
             ):
                 self.refuse(f"keeps {step.argval!r} outside of its arguments")
-            elif step.opname in ("STORE_ATTR", "DELETE_ATTR") and step.argval not in ("data", "grad"):
-                self.refuse(f"sets the attribute {step.argval!r}")
             elif step.opname == "IMPORT_NAME" and str(step.argval).partition(".")[0] not in _PURE_MODULES:
                 self.refuse(f"imports {step.argval}")
             elif owner is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 self.attribute_read(owner, str(step.argval))
-            if myself and _hands_on(myself, steps[i : i + 2]):
-                self.refuse(f"hands {myself} on, whose attributes can change unseen")
+            if myself and step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+                self.object_read(owner, myself, step.argval, path)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
                 inside = hidden | {*code.co_varnames, *code.co_cellvars}
@@ -223,6 +222,18 @@ class _Scan:
         else:
             self.note(vars(home), name, found, f"{home.__name__}.{name}")
         return None
+
+    def object_read(self, owner: Any, myself: str, loaded: Any, path: list[str]) -> None:
+        """Variables were loaded, by some steps two at once, and of the last one the attributes `path`.
+
+        Of `owner`, the variable `myself`, only attributes may be read that can be found again.
+        """
+        *others, last = loaded if isinstance(loaded, tuple) else (loaded,)
+        if myself in others or (last == myself and not path):
+            self.refuse(f"hands {myself} on, whose attributes can change unseen")
+        known = last != myself or path[0] in getattr(owner, "__dict__", {}) or hasattr(type(owner), path[0])
+        if not known and hasattr(type(owner), "__getattr__"):
+            self.refuse(f"reads {myself}.{path[0]}, which comes from a __getattr__")
 
     def name_read(self, mapping: Mapping[str, Any], name: str, path: list[str]) -> None:
         """A global or closed-over name was read, and from what it is the attributes `path`."""
@@ -280,16 +291,6 @@ def _attributes(steps: list[dis.Instruction]) -> Iterator[dis.Instruction]:
         if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
             return
         yield step
-
-
-def _hands_on(name: str, steps: list[dis.Instruction]) -> bool:
-    """Whether the first of `steps` loads the variable `name`, and the next does not ask it for an attribute."""
-    step, *following = steps
-    if not step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
-        return False
-    loaded = step.argval if isinstance(step.argval, tuple) else (step.argval,)  # some load two variables
-    asked = bool(following) and following[0].opname.endswith(("_ATTR", "_METHOD"))
-    return name in loaded[:-1] or (name == loaded[-1] and not asked)
 
 
 def _root(module: str) -> str:

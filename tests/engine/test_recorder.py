@@ -102,6 +102,14 @@ def keeps_one_state_twice(p, lr, one=None, two=None, **kwargs):
     return {"one": one, "two": two}
 
 
+class Counts:
+    count = 0
+
+    def __call__(self, p, lr, **kwargs):
+        self.count += 1
+        p.data.sub_(lr * self.count)
+
+
 REFUSED = {
     counts_signs: "a sum of torch.bool",
     keeps_one_state_twice: "lies where the state 'one' lies",
@@ -140,6 +148,13 @@ def test_states_that_change_their_kind_or_are_one(cb: Any, steps: int, engine: s
         assert a[0] == b[0]
         assert a[1].dtype == b[1].dtype
         assert torch.allclose(a[1], b[1])
+
+
+def test_an_object_that_counts_is_refused_and_says_why() -> None:
+    opt, ours = stepped(Counts())
+    _, theirs = stepped(Counts(), "eager")
+    assert torch.equal(ours, theirs)
+    assert "Counts: sets the attribute 'count'" in opt.engine[0].reason
 
 
 def test_a_global_number_is_read_again_when_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
