@@ -198,7 +198,7 @@ class _Scan:
                 self.refuse(f"imports {step.argval}")
             elif owner is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
                 self.attribute_read(owner, str(step.argval))
-            if myself and step.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            if myself and ("LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF"):
                 self.object_read(owner, myself, step.argval, path)
         for constant in code.co_consts:
             if isinstance(constant, types.CodeType):
