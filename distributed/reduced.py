@@ -402,7 +402,13 @@ class ReducedGradients(Reductions):
             self.in_backward.done()
 
     def clear(self) -> None:
-        """Forget the gradients and a round that a failed backward pass has left open."""
+        """Forget the gradients and a round that a failed backward pass has left open.
+
+        The other ranks may have come further in it, or may not have failed: the rest of its collectives is made first.
+        """
+        if self.in_backward is None:
+            with torch.no_grad():
+                self._close()
         self._drop_all()
         self._round, self._problem = None, None
         cleared = self._cleared or self._rounds > 0

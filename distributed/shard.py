@@ -16,9 +16,11 @@ from ..optimizer import Optimizer
 from ..parts import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
 from .along import Along
+from .around import is_within
 from .collectives import Ranks
 from .consistency import agree_fully
 from .copying import copies
+from .gathering import synchronize_model
 from .layout import Kind, Layout
 from .members import about_groups, specs_of
 from .meshes import seat
@@ -112,6 +114,7 @@ def shard(
     along.compare(lambda: {subject: value for subject, value in report.items() if not _of_parameters(subject)})
     if moved is not None:
         ranks.transport = moved
+    synchronize_model(model)  # what another optimizer has stepped
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
@@ -130,6 +133,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
     """Refuse what is no optimizer, no model or no stage."""
     if isinstance(opt, ShardedOptimizer):
         raise TypeError("this optimizer is sharded already")
+    if is_within(opt):
+        raise TypeError(
+            "this optimizer has been sharded, and holds only this rank's part of its state: go on with the one that "
+            "shard() gave, or shard a new one"
+        )
     if not isinstance(opt, Optimizer):
         hint = ": wrap it in fastopt.OptimWrapper" if isinstance(opt, torch.optim.Optimizer) else ""
         raise TypeError(f"shard() takes an optimizer of fastopt, got a {type(opt).__name__}{hint}")

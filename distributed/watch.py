@@ -88,6 +88,8 @@ class Watch:
             count, last = self._of(other)
             if other != self._rank and count < self._count:
                 behind.append(f"rank {other} (last seen in {last}, {self._count - count} collectives behind)")
+            elif other != self._rank and count == self._count and last != self._last:
+                behind.append(f"rank {other} (which has begun {last} where this rank has begun {self._last})")
         who = ", ".join(behind[:8]) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
         return f"rank {self._rank} waits in {label} for {who or 'ranks that have all begun it'}"
 

@@ -435,5 +435,7 @@ def test_the_optimizer_within_does_not_step() -> None:
     for attempt in (inner.step, inner.state_dict, lambda: inner.load_state_dict(sharded.state_dict())):
         with pytest.raises(RuntimeError, match="has been sharded"):
             attempt()
+    with pytest.raises(TypeError, match="has been sharded, and holds only"):
+        shard(inner, model)
     assert sharded.opt is inner
     assert sharded.param_groups is inner.param_groups
