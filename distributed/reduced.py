@@ -406,7 +406,7 @@ class ReducedGradients(Reductions):
 
         The other ranks may have come further in it, or may not have failed: the rest of its collectives is made first.
         """
-        if self.in_backward is None:
+        if self.in_backward is None and not self._ranks.watch.failed:
             with torch.no_grad():
                 self._close()
         self._drop_all()

@@ -18,7 +18,7 @@ from ..wrapper import TorchStep, evaluates_closure
 from .along import Along
 from .around import is_within
 from .collectives import Ranks
-from .consistency import agree_fully
+from .consistency import RanksDiffer, agree_fully
 from .copying import copies
 from .gathering import synchronize_model
 from .layout import Kind, Layout
@@ -105,9 +105,13 @@ def shard(
             "layout": kind,
             **about_groups(opt, specs),
         }
-    except (TypeError, ValueError) as error:
-        problem, report = error, {"problem": str(error)}
-    agree_fully(ranks, report)
+    except Exception as error:  # also of functions of the user, which `cost` and the chain are
+        told = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        problem, report = error, {"problem": told}
+    try:
+        agree_fully(ranks, report)
+    except RanksDiffer as different:
+        raise different from problem
     if problem:
         raise problem
     along = Along(Spread(params).groups)
