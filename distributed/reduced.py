@@ -164,6 +164,7 @@ class ReducedGradients(Reductions):
             self._ask_in_backward()
         wires = self._buffers.reducing(self._agreement.active)
         self._left_over, self._settled = False, None
+        self._cleared = False  # what follows is not to be forgotten: if ranks were apart, they have just told each other
         if not wires:
             return None
         # Autograd brings nothing for a parameter that requires no gradient: its bucket waits for the end.

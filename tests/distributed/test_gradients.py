@@ -264,10 +264,15 @@ def dropped(rank: int, world_size: int) -> None:
     """Gradients that are dropped before the step are dropped on a rank, too, that only comes to them in its step."""
     model = network()
     opt = shard(fastopt.Adam(groups(model), lr=0.1), model)
-    for passes, drop in ((1, opt.zero_grad), (2, opt.zero_grad), (1, model.zero_grad)):
+    for passes, at_first, drop in (
+        (1, 1, opt.zero_grad),
+        (2, 1, opt.zero_grad),
+        (1, 1, model.zero_grad),
+        (2, 0, opt.zero_grad),  # all ranks make the pass that is dropped, and not all the one that is not
+    ):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         for part in range(passes):
-            if rank:
+            if rank >= (1 if part else at_first):
                 model(batch(part, rank)).sum().backward()
             if part == 0:
                 drop()
