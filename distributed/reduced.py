@@ -164,7 +164,7 @@ class ReducedGradients(Reductions):
             self._ask_in_backward()
         wires = self._buffers.reducing(self._agreement.active)
         self._left_over, self._settled = False, None
-        self._cleared = False  # what follows is not to be forgotten: if ranks were apart, they have just told each other
+        self._cleared = False  # what follows is not to be forgotten; ranks that were apart have just told each other
         if not wires:
             return None
         # Autograd brings nothing for a parameter that requires no gradient: its bucket waits for the end.
@@ -226,6 +226,7 @@ class ReducedGradients(Reductions):
         while now is not None and now.to_launch:
             self._launch_next(now)
         if now is not None:
+            self._pass_on()
             if self.in_backward is not None:
                 self._step_rest(now, self.in_backward)
             self._last, self._round = now, None
