@@ -244,7 +244,7 @@ class Agreement:
         if displaced:
             return (
                 f"the memory of {', '.join(map(repr, displaced[:5]))} was replaced after shard() (p.data = ..., "
-                f"model.to(...)): move the model before sharding, and write into parameters with copy_"
+                f"model.to(...), another shard()): move the model before sharding, and write into parameters with copy_"
             )
         sizes = [len(group["params"]) for group in self._opt.param_groups]
         count = Counter(spec.group for spec in self._buffers.layout.params)

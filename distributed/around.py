@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 from ..around import Around
 from ..engine import Needs
@@ -58,7 +59,23 @@ class AroundOptimizer(Around):
         self.opt.set_hypers(**kwargs)
 
 
-def refuse(what: str) -> Callable[..., None]:
+_taken_in: WeakSet[Optimizer] = WeakSet()
+
+
+def take_in(opt: Optimizer) -> None:
+    """Note that `opt` is now within another optimizer, and refuse what that one does for it."""
+    _taken_in.add(opt)
+    opt.register_step_pre_hook(_refuse("step"))
+    opt.register_state_dict_pre_hook(_refuse("state_dict"))
+    opt.register_load_state_dict_pre_hook(_refuse("load_state_dict"))
+
+
+def is_within(opt: Optimizer) -> bool:
+    """Whether `opt` has been taken in."""
+    return opt in _taken_in
+
+
+def _refuse(what: str) -> Callable[..., None]:
     """A hook before method `what` of an optimizer that has been sharded and holds only a part of its state."""
 
     def refused(*_: Any) -> None:

@@ -136,6 +136,11 @@ class Buffers:
         moved = zip(self.layout.params, parts, found, self._homes, strict=True)
         return [spec.name for spec, part, now, home in moved if now != home and part.numel()]
 
+    @property
+    def deserted(self) -> bool:
+        """Whether no parameter lies in the buffers any more."""
+        return len(self.displaced()) == sum(1 for p in self.params if part_of(p).numel())
+
 
 def shared_memory(named: Sequence[tuple[str, Tensor]]) -> tuple[str, str] | None:
     """The names of two different tensors that use the same memory, None if there are none."""

@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .buckets import Buffers
 from .collectives import Pending, Ranks
@@ -58,14 +59,27 @@ class Gathering:
         self._known: frozenset[int] | None = None
         self._called: set[int] = set()
         self._traced: set[int] = set()
+        self._hooks: list[RemovableHandle] = []
         self.watch()
         if not ranks.alone:
+            for earlier in _gatherings_of(model):
+                earlier.leave()
             for k, module in enumerate(self._modules):
                 # What is copied and pickled comes in this order: the hook, which waits, and then the parameters.
                 module.__dict__["_parameters"] = module.__dict__.pop("_parameters")
-                module.register_forward_pre_hook(_Before(self, k))
-                module.register_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
-                module.register_load_state_dict_pre_hook(_Everything(self))  # type: ignore[no-untyped-call]
+                self._hooks += [
+                    module.register_forward_pre_hook(_Before(self, k)),
+                    module.register_state_dict_pre_hook(_Everything(self)),  # type: ignore[no-untyped-call]
+                    module.register_load_state_dict_pre_hook(_Everything(self)),  # type: ignore[no-untyped-call]
+                ]
+
+    def leave(self) -> None:
+        """Leave the modules, and the memory with them, if all parameters have gone to another optimizer's buffers."""
+        if not self._buffers.deserted:
+            return
+        self.synchronize()
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def watch(self) -> None:
         """Take in the parameters that the buffers have."""
@@ -152,10 +166,14 @@ def _note_trace(number: int, k: int) -> int:
 
 def synchronize_model(model: nn.Module) -> None:
     """Wait for every parameter of `model`, which may wrap one that has been sharded or have parts of one."""
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _Before) and hook.gathering is not None:
-                hook.gathering.synchronize()
+    for gathering in _gatherings_of(model):
+        gathering.synchronize()
+
+
+def _gatherings_of(model: nn.Module) -> list[Gathering]:
+    """All that serve modules of `model`."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    return list({hook.gathering: None for hook in hooks if isinstance(hook, _Before) and hook.gathering is not None})
 
 
 class _Before:

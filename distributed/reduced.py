@@ -164,6 +164,7 @@ class ReducedGradients(Reductions):
             self._ask_in_backward()
         wires = self._buffers.reducing(self._agreement.active)
         self._left_over, self._settled = False, None
+        self._cleared = False  # what follows is not to be forgotten; ranks that were apart have just told each other
         if not wires:
             return None
         # Autograd brings nothing for a parameter that requires no gradient: its bucket waits for the end.
@@ -225,6 +226,7 @@ class ReducedGradients(Reductions):
         while now is not None and now.to_launch:
             self._launch_next(now)
         if now is not None:
+            self._pass_on()
             if self.in_backward is not None:
                 self._step_rest(now, self.in_backward)
             self._last, self._round = now, None
@@ -402,7 +404,13 @@ class ReducedGradients(Reductions):
             self.in_backward.done()
 
     def clear(self) -> None:
-        """Forget the gradients and a round that a failed backward pass has left open."""
+        """Forget the gradients and a round that a failed backward pass has left open.
+
+        The other ranks may have come further in it, or may not have failed: the rest of its collectives is made first.
+        """
+        if self.in_backward is None and not self._ranks.watch.failed:
+            with torch.no_grad():
+                self._close()
         self._drop_all()
         self._round, self._problem = None, None
         cleared = self._cleared or self._rounds > 0

@@ -110,6 +110,12 @@ class Reductions:
                 reduction.arrive()
             reduction.wait()
 
+    def _pass_on(self) -> None:
+        """Let sums go on over copies, which they do when they are waited for: other ranks may wait for them now."""
+        if self._ranks.replicas is not None:
+            for *_, reduction in self._in_flight:
+                reduction.arrive()
+
     def _land_all(self) -> None:
         while self._in_flight:
             self._land()

@@ -16,9 +16,11 @@ from ..optimizer import Optimizer
 from ..parts import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
 from .along import Along
+from .around import is_within
 from .collectives import Ranks
-from .consistency import agree_fully
+from .consistency import RanksDiffer, agree_fully
 from .copying import copies
+from .gathering import synchronize_model
 from .layout import Kind, Layout
 from .members import about_groups, specs_of
 from .meshes import seat
@@ -103,15 +105,20 @@ def shard(
             "layout": kind,
             **about_groups(opt, specs),
         }
-    except (TypeError, ValueError) as error:
-        problem, report = error, {"problem": str(error)}
-    agree_fully(ranks, report)
+    except Exception as error:  # also of functions of the user, which `cost` and the chain are
+        told = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
+        problem, report = error, {"problem": told}
+    try:
+        agree_fully(ranks, report)
+    except RanksDiffer as different:
+        raise different from problem
     if problem:
         raise problem
     along = Along(Spread(params).groups)
     along.compare(lambda: {subject: value for subject, value in report.items() if not _of_parameters(subject)})
     if moved is not None:
         ranks.transport = moved
+    synchronize_model(model)  # what another optimizer has stepped
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
@@ -130,6 +137,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
     """Refuse what is no optimizer, no model or no stage."""
     if isinstance(opt, ShardedOptimizer):
         raise TypeError("this optimizer is sharded already")
+    if is_within(opt):
+        raise TypeError(
+            "this optimizer has been sharded, and holds only this rank's part of its state: go on with the one that "
+            "shard() gave, or shard a new one"
+        )
     if not isinstance(opt, Optimizer):
         hint = ": wrap it in fastopt.OptimWrapper" if isinstance(opt, torch.optim.Optimizer) else ""
         raise TypeError(f"shard() takes an optimizer of fastopt, got a {type(opt).__name__}{hint}")

@@ -17,10 +17,11 @@ from ..parts import Sharers, part_of_grad
 from ..state import ParamState
 from .agreement import Agreement
 from .along import Along
-from .around import refuse
+from .around import take_in
 from .buckets import Buffers
 from .collectives import Ranks
 from .consistency import agree_fully
+from .forgetting import teach_module
 from .gathering import Gathering
 from .gradients import Gradients, LocalGradients
 from .in_backward import InBackward, refused
@@ -97,9 +98,9 @@ class ShardedOptimizer(RunsParts):
         self._keep_own_state()
         teach_grad_scaler()
         teach_averaged_model()
-        opt.register_step_pre_hook(refuse("step"))
-        opt.register_state_dict_pre_hook(refuse("state_dict"))
-        opt.register_load_state_dict_pre_hook(refuse("load_state_dict"))
+        if stage == 2:
+            teach_module(self)
+        take_in(opt)
 
     # ---- stepping
 
@@ -177,10 +178,23 @@ class ShardedOptimizer(RunsParts):
         Raises:
             RuntimeError: the step has been made in backward and `step` has not been called.
         """
-        if self._in_backward is not None and self._in_backward.stepped and not self._gradients.in_round:
-            raise refused("zero_grad() before opt.step()", "Call opt.step() after every synchronised backward pass")
+        self._refuse_before_step("zero_grad()")
         super().zero_grad(set_to_none)
         self._gradients.clear()
+
+    def holds_only(self, params: set[int]) -> bool:
+        """Whether all its parameters are among `params`, given by their ids."""
+        return self._index.keys() <= params
+
+    def forget_gradients(self) -> None:
+        """Drop reduced gradients, which are not in `p.grad`; `model.zero_grad()` calls it, see forgetting.py."""
+        self._refuse_before_step("zero_grad()")
+        self._gradients.clear()
+
+    def _refuse_before_step(self, what: str) -> None:
+        """Raise if the step has been made in backward and `step` has not been called."""
+        if self._in_backward is not None and self._in_backward.stepped and not self._gradients.in_round:
+            raise refused(f"{what} before opt.step()", "Call opt.step() after every synchronised backward pass")
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients of backward passes inside stay local and add up in `p.grad`; the next pass outside reduces them.
@@ -241,7 +255,26 @@ class ShardedOptimizer(RunsParts):
             found = self._spread.largest(self._ranks.largest(found), self._spread.groups)
         return {found.device: self._lane.bring(found)}
 
-    # ---- groups
+    # ---- state and groups
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take over state, hyper-parameters and freezing, see `HoldsParts.load_state_dict`.
+
+        Raises:
+            RuntimeError: the step has been made in backward and `step` has not been called.
+            ValueError: groups, members, names, shapes or pieces differ from what this rank holds.
+        """
+        self._refuse_before_step("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def clear_state(self) -> None:
+        """Forget all training state; the marks `force_train` and `do_wd` stay.
+
+        Raises:
+            RuntimeError: the step has been made in backward and `step` has not been called.
+        """
+        self._refuse_before_step("clear_state()")
+        super().clear_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters get buckets of their own. Collective. They must be in the model."""

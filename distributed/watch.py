@@ -47,6 +47,7 @@ class Waiting:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._watch.now = None
         if isinstance(error, RuntimeError):
+            self._watch.failed = True
             raise RanksMissing(f"{self._watch.describe(self._label)}\n{error}") from error
 
 
@@ -61,6 +62,7 @@ class Watch:
     Attributes:
         now: since when this rank waits, and for which collective.
         warned: whether a warning has told of it.
+        failed: whether a wait has failed: no collective of these ranks is of use any more.
     """
 
     def __init__(self, rank: int, world_size: int, store: Store | None) -> None:
@@ -69,6 +71,7 @@ class Watch:
         self._told = -1
         self.now: tuple[float, str] | None = None
         self.warned = False
+        self.failed = False
         if store is not None:
             _watch(self)
 
@@ -88,6 +91,8 @@ class Watch:
             count, last = self._of(other)
             if other != self._rank and count < self._count:
                 behind.append(f"rank {other} (last seen in {last}, {self._count - count} collectives behind)")
+            elif other != self._rank and count == self._count and last != self._last:
+                behind.append(f"rank {other} (which has begun {last} where this rank has begun {self._last})")
         who = ", ".join(behind[:8]) + (f" and {len(behind) - 8} more" if len(behind) > 8 else "")
         return f"rank {self._rank} waits in {label} for {who or 'ranks that have all begun it'}"
 

@@ -110,6 +110,11 @@ def other_executor(rank: int) -> Any:
     return shard(build(model, engine="eager" if rank == 1 else "foreach"), model)
 
 
+def cost_that_fails(rank: int) -> Any:
+    model = Named(weight=(4,))
+    return shard(build(model), model, cost=lambda p: {0: 1.0, 2: 1.0}[rank])
+
+
 AT_SHARD: dict[Case, tuple[str, ...]] = {
     other_names: ("params[0] of group 0", "'weight'", "'wrong'", "rank 1"),
     other_shapes: ("'weight'", "(3, 1)", "(3, 2)", "rank 0", "rank 1"),
@@ -122,6 +127,7 @@ AT_SHARD: dict[Case, tuple[str, ...]] = {
     other_executor: ("executors", "foreach on rank", "eager on rank 1"),
     other_stage: ("stage: 1 on", "2 on rank 1"),
     other_freezing: ("group 0", "frozen"),
+    cost_that_fails: ("problem", "KeyError: 1 on rank 1"),
     one_is_not_of_the_model: ("problem", "not a parameter of the model", "rank 1"),
 }
 
@@ -435,5 +441,7 @@ def test_the_optimizer_within_does_not_step() -> None:
     for attempt in (inner.step, inner.state_dict, lambda: inner.load_state_dict(sharded.state_dict())):
         with pytest.raises(RuntimeError, match="has been sharded"):
             attempt()
+    with pytest.raises(TypeError, match="has been sharded, and holds only"):
+        shard(inner, model)
     assert sharded.opt is inner
     assert sharded.param_groups is inner.param_groups

@@ -7,7 +7,9 @@ a loss that is no number.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -200,6 +202,10 @@ def one_step(model: nn.Module, opt: Any, rank: int) -> None:
     opt.zero_grad()
 
 
+def complete(model: nn.Module) -> bool:
+    return all(bool(p.isfinite().all()) for p in model.parameters())
+
+
 def bucket_by_bucket(rank: int, world_size: int) -> list[list[bool]]:
     """Which of four layers are still NaN before each layer of a forward pass."""
     model = layers()
@@ -232,9 +238,6 @@ def everything_else(rank: int, world_size: int) -> None:
         one_step(model, opt, rank)
         assert next(model.parameters()).isnan().all()
         return model, opt
-
-    def complete(model: nn.Module) -> bool:
-        return all(bool(p.isfinite().all()) for p in model.parameters())
 
     with late_gathers():
         model, opt = pending()
@@ -280,6 +283,29 @@ def everything_else(rank: int, world_size: int) -> None:
 
 def test_what_waits_for_everything(ranks: Any) -> None:
     ranks(2).run(everything_else)
+
+
+def sharded_anew(rank: int, world_size: int) -> None:
+    """A new `shard` of a model waits for the step of the one before, and does not keep its memory."""
+    model = layers()
+    hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    with late_gathers():
+        for size in (200, 300, 400):
+            opt = shard(fastopt.SGD(model.parameters(), lr=0.01), model, bucket_bytes=size)
+            assert complete(model)
+            one_step(model, opt, rank)
+            assert not complete(model)
+            flat = weakref.ref(opt._buffers.buckets[0].flat)
+        shard(fastopt.SGD(model.parameters(), lr=0.01), model)
+        assert complete(model)
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == hooks + len(list(model.modules()))
+    del opt
+    gc.collect()
+    assert flat() is None
+
+
+def test_a_model_is_sharded_anew(ranks: Any) -> None:
+    ranks(2).run(sharded_anew)
 
 
 def without_a_forward_pass(rank: int, world_size: int) -> None:

@@ -179,7 +179,7 @@ def test_ranks_may_use_different_parts_of_the_model(ranks: Any, world_size: int)
 
 
 def after_failure(rank: int, world_size: int) -> None:
-    """A backward pass that fails on all ranks leaves nothing that the next one trips over."""
+    """A backward pass that fails on all ranks, each in another layer, leaves nothing that the next one trips over."""
     model, reference = network(), network()
     sharded, plain = shard(fastopt.SGD(groups(model), lr=0.1), model, bucket_bytes=64), fastopt.SGD(groups(reference))
     plain.set_hyper("lr", [h["lr"] for h in sharded.hypers])
@@ -187,10 +187,11 @@ def after_failure(rank: int, world_size: int) -> None:
     def explode(grad: Tensor) -> Tensor:
         raise ArithmeticError("in the middle of backward")
 
-    hidden = model[:2](batch(0, rank))
+    done = 2 + 2 * rank
+    hidden = model[:done](batch(0, rank))
     hidden.register_hook(explode)
     with pytest.raises(ArithmeticError):
-        model[2:](hidden).sum().backward()
+        model[done:](hidden).sum().backward()
     sharded.zero_grad()
     model(batch(1, rank)).sum().backward()
     for each in range(world_size):
@@ -263,13 +264,18 @@ def dropped(rank: int, world_size: int) -> None:
     """Gradients that are dropped before the step are dropped on a rank, too, that only comes to them in its step."""
     model = network()
     opt = shard(fastopt.Adam(groups(model), lr=0.1), model)
-    for passes in (1, 2):
+    for passes, at_first, drop in (
+        (1, 1, opt.zero_grad),
+        (2, 1, opt.zero_grad),
+        (1, 1, model.zero_grad),
+        (2, 0, opt.zero_grad),  # all ranks make the pass that is dropped, and not all the one that is not
+    ):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         for part in range(passes):
-            if rank:
+            if rank >= (1 if part else at_first):
                 model(batch(part, rank)).sum().backward()
             if part == 0:
-                opt.zero_grad()
+                drop()
         opt.step()
         moved = [not torch.equal(before[name], value) for name, value in model.state_dict().items()]
         assert moved == [passes == 2] * len(moved)
@@ -278,6 +284,33 @@ def dropped(rank: int, world_size: int) -> None:
 
 def test_gradients_that_are_dropped_before_the_step(ranks: Any) -> None:
     ranks(2).run(dropped)
+
+
+def dropped_by_the_module(rank: int, world_size: int) -> None:
+    """`model.zero_grad()` drops reduced gradients: those of the optimizers whose parameters all are in the module."""
+    model, reference = network(), network()
+    halves = [(model[:4], reference[:4]), (model[4:], reference[4:])]
+    opts = [shard(fastopt.SGD(half.parameters(), lr=0.1), model) for half, _ in halves]
+    plains = [fastopt.SGD(half.parameters(), lr=0.1) for _, half in halves]
+    for step, dropped in enumerate(([], [0], [1], [0, 1])):
+        for part in (step, step + 50):
+            model(batch(part, rank)).sum().backward()
+            for each in range(world_size):
+                (reference(batch(part, each)).sum() / world_size).backward()
+            if part == step:
+                model[1:].zero_grad()  # has all parameters of the second optimizer, and some of the first
+                halves[1][1].zero_grad()
+                for i in dropped:
+                    halves[i][0].zero_grad()
+                    halves[i][1].zero_grad()
+        for opt in (*opts, *plains):
+            opt.step()
+            opt.zero_grad()
+    close(model, reference)
+
+
+def test_zero_grad_of_a_module(ranks: Any) -> None:
+    ranks(2).run(dropped_by_the_module)
 
 
 # ---- clipping

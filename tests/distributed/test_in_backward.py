@@ -173,6 +173,12 @@ def refusals(rank: int, world_size: int) -> None:
         opt.unscale_grads_(torch.ones(()), torch.zeros(()), dict)
     with pytest.raises(RuntimeError, match=r"zero_grad\(\) before opt.step\(\)"):
         opt.zero_grad()
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) before opt.step\(\)"):
+        model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"load_state_dict\(\) before opt.step\(\)"):
+        opt.load_state_dict(opt.state_dict())
+    with pytest.raises(RuntimeError, match=r"clear_state\(\) before opt.step\(\)"):
+        opt.clear_state()
     opt.set_hyper("lr", 0.5)
     with pytest.raises(RuntimeError, match=r"hyper 'lr' of group 0 was 0.02 .* and is 0.5 now"):
         opt.step()

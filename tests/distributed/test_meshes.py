@@ -21,6 +21,7 @@ from fastopt.distributed.transport import GroupTransport
 
 from .muon import muon
 from .problems import EVERY, Model, assert_same_run, average, feed, gradient, members, set_average
+from .test_stress import Called
 from .test_wire import BYTES, SHAPES, backward, counted
 
 MESH = ("replicate", "shard")
@@ -64,6 +65,33 @@ def active(opt: fastopt.Optimizer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shape", [(2, 2), (4, 1), (1, 4), (4,)], ids=str)
 def test_a_mesh_equals_one_process(ranks: Any, shape: tuple[int, ...]) -> None:
     ranks(4).run(same_as_one_process, shape, ["adam", "lamb", "muon"], timeout=120)
+
+
+def passes_of_some(rank: int, world_size: int) -> None:
+    """Rank 0 makes no backward pass, the others make two: it hears of them one after the other, when it steps."""
+    mesh = init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=MESH)
+    model, reference = Called(), Called()
+    opt = shard(EVERY["adam"](model.param_groups()), model, group=mesh)
+    plain = EVERY["adam"](reference.param_groups())
+    used = [True] * len(members(plain))
+    for step in range(2):
+        for part in range(2):
+            for each in range(1, world_size):
+                loss = reference(2 * step + part, each, used)
+                assert loss is not None
+                (loss / world_size).backward()
+            own = model(2 * step + part, rank, used)
+            assert own is not None
+            if rank:
+                own.backward()
+        for both in (opt, plain):
+            both.step()
+            both.zero_grad()
+    assert_same_run(opt, plain, "passes of some ranks", exact=False)
+
+
+def test_a_rank_of_a_mesh_without_a_backward_pass(ranks: Any) -> None:
+    ranks(4).run(passes_of_some, timeout=40)
 
 
 class LateWork:

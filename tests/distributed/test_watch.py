@@ -42,6 +42,7 @@ def one_stays_away(rank: int, world_size: int) -> list[str]:
             return records
         with pytest.raises(RanksMissing) as caught:
             model(torch.ones(1, 4)).sum().backward()
+        opt.zero_grad()  # waits for nobody any more
     return [*records, str(caught.value)]
 
 
@@ -69,5 +70,9 @@ def test_counts_are_compared_through_the_store() -> None:
     slow.began("reduce bucket 4")
     slow.look()
     assert here.describe("reduce bucket 4").endswith("for ranks that have all begun it")
+    for each, label in ((here, "a sum of norms"), (there, "gather bucket 0")):
+        each.began(label)
+        each.look()
+    assert "rank 1 (which has begun gather bucket 0 where this rank has begun a sum of norms)" in here.describe("a sum")
     with pytest.raises(RanksMissing, match="rank 1 waits in reduce bucket 4"), there.waiting("reduce bucket 4"):
         raise RuntimeError("timed out")
