@@ -169,6 +169,8 @@ def not_writable(live: Tensor) -> str | None:
         return "on the meta device: give it memory first, as by to_empty(device=...)"
     if live.is_inference() and not torch.is_inference_mode_enabled():
         return "made in inference mode: load in it, too"
+    if live.is_conj() or live.is_neg():
+        return "a view that conjugates or negates: resolve it first"
     part = local_part(live)
     if any(size > 1 and stride == 0 for size, stride in zip(part.shape, part.stride(), strict=True)):
         return "several of its elements share memory, as after expand: clone it"

@@ -57,7 +57,7 @@ class Staging:
     def _room(self, size: int) -> Tensor:
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = None  # the old one first, so that there are never two
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=in_use("cuda"))
+            self._buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=in_use("cuda"))
         return self._buffer
 
     def free(self) -> None:

@@ -169,7 +169,7 @@ def _decode_data(value: dict[str, Json], where: str) -> Any:
     if value["$"] == "array":
         return np.frombuffer(raw, dtype=np_dtype).reshape(shape).copy()
     if not raw:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
 
 

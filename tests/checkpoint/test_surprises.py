@@ -40,15 +40,27 @@ def in_inference_mode() -> nn.Module:
         return nn.Linear(3, 3)
 
 
+def conjugated() -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64).conj())
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(on_meta, "meta device"), (expanded, "share memory"), (in_inference_mode, "inference mode")],
+    [
+        (on_meta, "meta device"),
+        (expanded, "share memory"),
+        (in_inference_mode, "inference mode"),
+        (conjugated, "conjugates"),
+    ],
 )
 @pytest.mark.parametrize("staging", [0, 1 << 20])
 def test_live_tensors_that_nothing_can_be_stored_in_are_named(
     make: Callable[[], nn.Module], why: str, staging: int, tmp_path: Path
 ) -> None:
-    save(tmp_path, step=1, model=nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 3)))
+    stored = conjugated() if make is conjugated else nn.Linear(3, 3)
+    save(tmp_path, step=1, model=nn.Sequential(nn.Linear(2, 2), stored))
     model = nn.Sequential(nn.Linear(2, 2), make())
     first = bits(model[0].weight)
     with pytest.raises(CheckpointError, match=rf"cannot be loaded into: 1\.weight \(.*{why}"):
@@ -64,6 +76,24 @@ def test_an_optimizer_of_parameters_without_memory_is_refused(tmp_path: Path) ->
     save(tmp_path, step=1, model=model, opt=Adam(model.named_parameters()))
     with pytest.raises(CheckpointError, match="meta device"):
         load(tmp_path, opt=Adam(on_meta().named_parameters()))
+
+
+@pytest.mark.parametrize("staging", [0, 1 << 20])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_default_device_of_a_program_does_not_matter(asynchronous: bool, staging: int, tmp_path: Path) -> None:
+    """Buffers for files are on the CPU, whatever torch.set_default_device says."""
+    model, opt, schedule = adam_job()
+    train(model, opt, schedule)
+    other = adam_job(1)
+    torch.set_default_device("meta")
+    try:
+        with Checkpointer(tmp_path, asynchronous=asynchronous) as checkpoints:
+            checkpoints.save(1, model=model, opt=opt, scheduler=schedule)
+        load(tmp_path, model=other[0], opt=other[1], scheduler=other[2], staging=staging)
+        assert verify(tmp_path).sound
+    finally:
+        torch.set_default_device(None)
+    assert everything(*other) == everything(model, opt, schedule)
 
 
 def metadata() -> dict[str, Any]:
