@@ -197,7 +197,7 @@ class Checkpointer:
 
     def _prune(self, work: Save) -> None:
         assert self.keep_last is not None
-        carry_out(work.storage, plan_prune(work.storage, self.keep_last, self.keep_every))
+        carry_out(work.storage, plan_prune(work.storage, self.keep_last, self.keep_every, saved=work.step))
 
     def wait(self) -> None:
         """Wait until the save in flight is on disk. Raises CheckpointError where it failed, once. Not collective."""

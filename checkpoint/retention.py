@@ -77,8 +77,10 @@ def prune(
     return list(plan.steps)
 
 
-def plan_prune(storage: Storage, keep_last: int, keep_every: int | None = None, grace: float = GRACE) -> Plan:
-    """What `prune` would remove; removes nothing."""
+def plan_prune(
+    storage: Storage, keep_last: int, keep_every: int | None = None, grace: float = GRACE, saved: int | None = None
+) -> Plan:
+    """What `prune` would remove; removes nothing. `saved`: the step just saved, which may not be the newest, stays."""
     everything = survey(storage)
     for found in everything:
         found.refuse_newer()  # it may need files that nobody here knows of
@@ -91,6 +93,7 @@ def plan_prune(storage: Storage, keep_last: int, keep_every: int | None = None, 
         [found.step for found in complete if found.verified],
         needs,
         [found.step for found in everything if not found.complete],
+        saved,
     )
     gone = tuple(found.step for found in complete if found.step not in reasons)
     return Plan(gone, _leftovers(storage, everything, grace), reasons)
@@ -103,11 +106,13 @@ def stay(
     verified: list[int],
     needs: Mapping[int, set[int]],
     others: list[int],
+    saved: int | None = None,
 ) -> dict[int, str]:
     """The steps that stay, each with the reason.
 
     complete, verified: steps of complete and of verified checkpoints, ascending. needs: for each step those whose files
-    it uses. others: steps that are not complete, which are not touched and whose files may still be wanted.
+    it uses. others: steps that are not complete, which are not touched and whose files may still be wanted. saved: the
+    step just saved.
     """
     reasons = dict.fromkeys(others, "not complete, left alone")
     for step in complete[-keep_last:]:
@@ -118,6 +123,8 @@ def stay(
             if step == 0 or step // keep_every not in seen:
                 reasons.setdefault(step, f"the first from step {step // keep_every * keep_every} on")
             seen.add(step // keep_every)
+    if saved is not None:
+        reasons.setdefault(saved, "just saved")
     for step in verified[-1:]:
         reasons.setdefault(step, "the newest that was verified")
     todo = list(reasons)

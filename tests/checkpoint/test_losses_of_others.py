@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, save, steps, storage, verify
+from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, save, steps, storage, verify
 from fastopt.checkpoint import open as open_checkpoint
 from fastopt.checkpoint.difference import diff
+from fastopt.checkpoint.reading import Reader
 from fastopt.checkpoint.storage import LocalStorage
 from fastopt.checkpoint.whole import consolidate
 from fastopt.distributed import shard
@@ -217,3 +219,42 @@ def test_smart_open_684_an_exception_in_the_middle_publishes_nothing(monkeypatch
     monkeypatch.undo()
     assert storage.open_storage(url).sizes("step-00000002") == {}
     assert latest(url).step == 1  # type: ignore[union-attr]
+
+
+def test_a_job_that_goes_back_keeps_what_it_saves_and_is_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a spike of the loss: back to step 1, on to step 2, while step 3 of before is still there."""
+    for step in (1, 3):
+        save(tmp_path, step=step, model=Small(step))
+    assert "newer" not in caplog.text
+    with Checkpointer(tmp_path, keep_last=1) as checkpoints:
+        checkpoints.save(2, model=Small(2))
+    assert steps(tmp_path) == [2, 3]
+    assert re.search(
+        r"step 2 is saved, but .* has newer steps \(3\): a load without step= takes the newest", caplog.text
+    )
+
+
+@pytest.mark.parametrize("when", ["manifest", "data"])
+def test_a_checkpoint_that_is_pruned_while_it_is_loaded_is_replaced_by_a_newer_one(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where one job evaluates what another one trains: that is no damage, and not the end of the search."""
+    save(tmp_path, step=1, model=Small(1), reuse=False)
+    place = (LocalStorage, "read_into") if when == "manifest" else (Reader, "verify")
+    original = getattr(*place)
+
+    def overtaken(self: Any, *args: Any) -> None:
+        monkeypatch.setattr(*place, original)
+        save(tmp_path, step=2, model=Small(2), reuse=False)
+        assert prune(tmp_path, keep=1) == [1]
+        original(self, *args)
+
+    monkeypatch.setattr(*place, overtaken)
+    model = Small()
+    found = load(tmp_path, model=model)
+    assert (found.step, found.skipped) == (2, ())
+    assert bits(dict(model.state_dict())) == bits(dict(Small(2).state_dict()))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert not caplog.text
