@@ -270,6 +270,19 @@ def newest_before(storage: Storage, step: int) -> bytes | None:
     return None
 
 
+def check_readable(data: bytes) -> None:
+    """Raise CheckpointError unless `data`, a manifest that is to be published, will be read again without one."""
+    if len(data) > _LARGEST_MANIFEST:
+        raise CheckpointError(
+            f"the manifest would have {len(data)} bytes, more than {_LARGEST_MANIFEST}: is there something large in "
+            f"extra, or in the state of the scheduler or loader?"
+        )
+    try:
+        from_bytes(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"what is to be saved could not be loaded again: {error}") from error
+
+
 def wait_for(storage: Storage, manifest: Manifest) -> None:
     """Return when all files of a manifest are seen at their full size; CheckpointError where that does not happen.
 

@@ -322,6 +322,8 @@ class Save:
     def _commit(self, records: list[assemble.RankRecord]) -> str:
         """On rank 0: check all records, then publish the manifest. The URL of the step folder."""
         manifest = self.manifest(records)
+        data = to_bytes(manifest)
+        catalog.check_readable(data)
         catalog.wait_for(self.storage, manifest)
         index = assemble.hugging_face_index(manifest)
         try:
@@ -329,7 +331,7 @@ class Save:
                 self.storage.remove(f"{self.folder}/{INDEX}")  # that of a save that died
                 self.storage.publish(f"{self.folder}/{INDEX}", index)
                 self.indexed = True
-            self.storage.publish(f"{self.folder}/{MANIFEST}", to_bytes(manifest))
+            self.storage.publish(f"{self.folder}/{MANIFEST}", data)
             catalog.warn_of_newer(self.storage, self.step)
         except FileExistsError:
             raise CheckpointError(

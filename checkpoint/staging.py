@@ -50,8 +50,8 @@ class Staging:
             target.copy_(source, non_blocking=True)
             copies.append(replace(item, data=target))
             at += _padded(item)
-        if any(item.data.is_cuda for item in items):
-            torch.cuda.synchronize()
+        for device in {item.data.device for item in items if item.data.is_cuda}:
+            torch.cuda.synchronize(device)
         return copies
 
     def _room(self, size: int) -> Tensor:

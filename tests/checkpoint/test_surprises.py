@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, retries, save, steps, storage, verify
+from fastopt.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    catalog,
+    latest,
+    load,
+    retries,
+    save,
+    steps,
+    storage,
+    verify,
+)
 from fastopt.checkpoint.storage import LocalStorage
 
 from .jobs import Small, adam_job, bits, everything, train
@@ -96,6 +108,17 @@ def test_the_default_device_of_a_program_does_not_matter(asynchronous: bool, sta
     assert everything(*other) == everything(model, opt, schedule)
 
 
+@dataclass
+class Holder:
+    """Something with a state of plain values."""
+
+    state: Any
+
+    def state_dict(self) -> Any:
+        """The state."""
+        return self.state
+
+
 def metadata() -> dict[str, Any]:
     model = nn.Module()
     model._parameters["__metadata__"] = nn.Parameter(torch.zeros(2))
@@ -109,9 +132,15 @@ def metadata() -> dict[str, Any]:
         ({"step": 10**20}, "step must be a whole number"),
         (metadata(), "'__metadata__': safetensors files have no room"),
         ({"extra": {"a": 10**5000}}, r"extra\.a is a number of 16610 bits"),
+        ({"scheduler": Holder({"v": {frozenset([1]): 2}})}, r"a key of scheduler\.v is frozenset"),
+        ({"scheduler": Holder({"v": {(1, frozenset())}})}, r"scheduler\.v\[0\] is \(1, frozenset"),
+        ({"loader": Holder({"v": "x" * 10_000})}, r"the manifest would have .* more than 10000: .* loader"),
     ],
 )
-def test_what_could_not_be_read_again_is_not_written(what: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_could_not_be_read_again_is_not_written(
+    what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_LARGEST_MANIFEST", 10_000)
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, **{"step": 1, "model": nn.Linear(2, 2), **what})
     assert not list(tmp_path.iterdir())
