@@ -78,13 +78,14 @@ class ModelTarget:
         return stored is live or (self.cast and stored.is_floating_point and live.is_floating_point)
 
     def _untied(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Live names of one tensor that are two in the checkpoint."""
+        """Live names of one tensor that are two in the checkpoint: it can only get what is stored under the first."""
         first: dict[int, str] = {}
         split = []
-        for name, source in self.source.items():
+        for name, source in list(self.source.items()):
             other = first.setdefault(id(tensors[name]), name)
             if self.source[other] != source:
                 split.append(f"{other} and {name}")
+                del self.source[name]
         return listed("one tensor in the model, two in the checkpoint", split)
 
     @property
