@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from .storage import Storage, open_storage
 # The manifest of a checkpoint goes first, so that one that is half removed is none.
 # A data file that no manifest names is of a save that died, or of one that is running. Nobody can tell these apart but
 # by time: files of one save are removed together, when the last of them is older by a grace time than the newest file
-# under the root. So ages are differences of times of one clock, the storage's.
+# under the root. So ages are differences of times of one clock, the storage's, unless that has been in the future.
 
 _TEMPORARY = (f".{MANIFEST}.", f".{INDEX}.")
 
@@ -161,7 +162,8 @@ def _ours(name: str) -> bool:
 def _leftovers(storage: Storage, everything: list[Found], grace: float) -> tuple[str, ...]:
     used = {(file.step, file.name) for f in everything if f.manifest for file in f.manifest.files}
     times = {found.step: storage.modified(step_folder(found.step)) for found in everything}
-    now = max((time for folder in times.values() for time in folder.values()), default=0.0)
+    newest = max((when for folder in times.values() for when in folder.values()), default=0.0)
+    now = min(newest, time.time())  # a file from the future, of a clock that has jumped, makes no other one old
     paths: list[str] = []
     for found in everything:
         if MANIFEST in found.sizes and not found.complete:

@@ -129,6 +129,13 @@ What else is promised:
     Ctrl-C                                          test_surprises.test_an_interrupted_wait_can_be_repeated,
                                                     test_surprises.test_an_interrupted_load_changes_nothing_or_says_so,
                                                     test_surprises.test_an_interrupted_save_leaves_nothing
+    what could not be read again is not written     test_surprises.test_what_could_not_be_read_again_is_not_written
+    going back to an earlier step                   test_losses_of_others.test_a_job_that_goes_back_keeps_what_it_saves_and_is_warned
+    pruned while it is loaded                       test_losses_of_others.test_a_checkpoint_that_is_pruned_while_it_is_loaded_is_replaced_by_a_newer_one
+    tied here, not tied there                       test_transfer.test_a_tied_tensor_gets_one_of_two_that_were_not
+    any default device; several GPUs                test_surprises.test_the_default_device_of_a_program_does_not_matter,
+                                                    test_staging.test_every_gpu_that_is_copied_from_is_waited_for
+    clocks that jump                                test_retention.test_a_clock_that_has_jumped_makes_no_running_save_old
     late listings, as of NFS                        test_surprises.test_what_appears_late_in_a_listing_is_waited_for
     the benchmark measures what it says             scripts.test_bench_checkpoint.test_everybody_has_saved_and_loaded
 """  # noqa: E501
