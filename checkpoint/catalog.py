@@ -6,8 +6,10 @@ import contextlib
 import logging
 import os
 import re
+import time
 from dataclasses import dataclass, replace
 
+from . import retries
 from .errors import CheckpointError, NewerFormat, StorageError
 from .manifest import MANIFEST, Manifest, check_digest, from_bytes
 from .records import step_folder
@@ -94,7 +96,8 @@ def note_damage(storage: Storage, step: int, data: bytes, reason: str) -> None:
     `verify` removes the note where it finds the checkpoint sound.
     """
     with contextlib.suppress(OSError, StorageError):
-        storage.publish(f"{step_folder(step)}/{damaged_mark(data)}", reason.encode())
+        if MANIFEST in storage.sizes(step_folder(step)):  # else it has just been removed
+            storage.publish(f"{step_folder(step)}/{damaged_mark(data)}", reason.encode())
 
 
 def make_way(storage: Storage, step: int) -> None:
@@ -265,6 +268,52 @@ def newest_before(storage: Storage, step: int) -> bytes | None:
         if found is not None and found.complete:
             return found.data
     return None
+
+
+def check_readable(data: bytes) -> None:
+    """Raise CheckpointError unless `data`, a manifest that is to be published, will be read again without one."""
+    if len(data) > _LARGEST_MANIFEST:
+        raise CheckpointError(
+            f"the manifest would have {len(data)} bytes, more than {_LARGEST_MANIFEST}: is there something large in "
+            f"extra, or in the state of the scheduler or loader?"
+        )
+    try:
+        from_bytes(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"what is to be saved could not be loaded again: {error}") from error
+
+
+def wait_for(storage: Storage, manifest: Manifest) -> None:
+    """Return when all files of a manifest are seen at their full size; CheckpointError where that does not happen.
+
+    What other ranks have written may take half a minute to appear in a listing, of NFS for one.
+    """
+    for wait in (*retries.WAITS, None):
+        seen = {step: storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
+        wrong = [file for file in manifest.files if seen[file.step].get(file.name) != file.bytes]
+        if not wrong:
+            return
+        if wait is not None:
+            time.sleep(wait)
+    first = wrong[0]
+    raise CheckpointError(
+        f"{storage.url}/{first.path} was written with {first.bytes} bytes, but rank 0 sees "
+        f"{seen[first.step].get(first.name, 'no such file')}: is the storage shared by all ranks?"
+    )
+
+
+def warn_of_newer(storage: Storage, step: int) -> None:
+    """Warn where there are steps newer than one that has just been saved."""
+    newer = [number for number in reversed(step_numbers(storage)) if number > step]
+    if newer:
+        shown = ", ".join(map(str, newer)) if len(newer) < 9 else f"{newer[0]} to {newer[-1]}"
+        _log.warning(
+            "step %d is saved, but %s has newer steps (%s): a load without step= takes the newest of these, so remove "
+            "those that are to be forgotten",
+            step,
+            storage.url,
+            shown,
+        )
 
 
 def step_numbers(storage: Storage) -> list[int]:

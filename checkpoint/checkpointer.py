@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fsspec.utils import get_protocol
 from torch import nn
 
 from . import catalog
@@ -25,7 +26,7 @@ from .peers import Peers
 from .retention import carry_out, plan_prune
 from .saving import Parts, Save
 from .staging import Staging
-from .storage import LocalStorage, open_storage
+from .storage import open_storage
 from .values import Json
 
 # [Note: saving in the background]
@@ -108,9 +109,8 @@ class Checkpointer:
         self._error: CheckpointError | None = None
         self._closed = False
         self._lock = threading.RLock()
-        storage = open_storage(url)
-        if isinstance(storage, LocalStorage):  # the same place also after os.chdir
-            self.url = storage.url
+        if get_protocol(os.fspath(url)) in ("file", "local"):  # the same place also after os.chdir
+            self.url = open_storage(url).url
 
     # ---- saving
 
@@ -197,7 +197,7 @@ class Checkpointer:
 
     def _prune(self, work: Save) -> None:
         assert self.keep_last is not None
-        carry_out(work.storage, plan_prune(work.storage, self.keep_last, self.keep_every))
+        carry_out(work.storage, plan_prune(work.storage, self.keep_last, self.keep_every, saved=work.step))
 
     def wait(self) -> None:
         """Wait until the save in flight is on disk. Raises CheckpointError where it failed, once. Not collective."""

@@ -13,7 +13,7 @@ from functools import cached_property
 from . import catalog
 from .errors import CheckpointError, NewerFormat, StorageError
 from .peers import Peers
-from .records import MANIFEST, Manifest
+from .records import MANIFEST, Manifest, step_folder
 from .storage import Storage, open_storage
 
 # [Note: one looks, all parse]
@@ -59,13 +59,16 @@ class Search:
 
     def next(self) -> None:
         """Find the next one to try. CheckpointError where there is none. Collective."""
-        self._first, self.number, self.data, passed = self.peers.on_first("looking for the checkpoint", self._find)
-        self.skipped += passed
+        found = self.peers.on_first("looking for the checkpoint", self._find)
+        self._first, self.number, self.data, self.skipped = found
 
     def _find(self) -> tuple[tuple[str, int | None], int, bytes, list[str]]:
         storage = self._opened
         first = (storage.url, self.step)
-        passed: list[str] = []
+        passed = list(self.skipped)
+        if self._below is not None and self._removed(self._below):
+            self._below = None
+            passed.pop()
         for number in catalog.step_numbers(storage) if self.step is None else [self.step]:
             if self._below is not None and number >= self._below:
                 continue
@@ -73,11 +76,16 @@ class Search:
             if found.problem is None:
                 self._sizes = found.sizes
                 return first, number, found.data, passed
+            if self.step is None and MANIFEST in found.sizes and self._removed(number):
+                return self._find()
             passed.append(found.problem)
             if self.step is not None or (self.on_corrupt == "raise" and MANIFEST in found.sizes):
                 raise CheckpointError(passed[-1])  # one without a manifest was never completed
-        reasons = [*self.skipped, *passed]
-        raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *reasons][:6]))
+        raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *passed][:6]))
+
+    def _removed(self, number: int) -> bool:
+        """Whether somebody has removed the checkpoint since it was seen: then there may be a newer one by now."""
+        return MANIFEST not in self._opened.sizes(step_folder(number))
 
     def manifest(self) -> Manifest:
         """What is to be tried, parsed and checked. Raises CheckpointError where it is not complete."""

@@ -78,13 +78,14 @@ class ModelTarget:
         return stored is live or (self.cast and stored.is_floating_point and live.is_floating_point)
 
     def _untied(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Live names of one tensor that are two in the checkpoint."""
+        """Live names of one tensor that are two in the checkpoint: it can only get what is stored under the first."""
         first: dict[int, str] = {}
         split = []
-        for name, source in self.source.items():
+        for name, source in list(self.source.items()):
             other = first.setdefault(id(tensors[name]), name)
             if self.source[other] != source:
                 split.append(f"{other} and {name}")
+                del self.source[name]
         return listed("one tensor in the model, two in the checkpoint", split)
 
     @property
@@ -169,6 +170,8 @@ def not_writable(live: Tensor) -> str | None:
         return "on the meta device: give it memory first, as by to_empty(device=...)"
     if live.is_inference() and not torch.is_inference_mode_enabled():
         return "made in inference mode: load in it, too"
+    if live.is_conj() or live.is_neg():
+        return "a view that conjugates or negates: resolve it first"
     part = local_part(live)
     if any(size > 1 and stride == 0 for size, stride in zip(part.shape, part.stride(), strict=True)):
         return "several of its elements share memory, as after expand: clone it"

@@ -87,4 +87,4 @@ def _everyones(message: Tensor, group: dist.ProcessGroup, size: int) -> list[Ten
 
 
 def _empty(size: int, nbytes: int) -> list[Tensor]:
-    return [torch.empty(nbytes, dtype=torch.uint8) for _ in range(size)]
+    return [torch.empty(nbytes, dtype=torch.uint8, device="cpu") for _ in range(size)]

@@ -78,7 +78,7 @@ class Reader:
         for want in self.wanted:
             if not want.buffers:
                 dtype = DTYPES[self.manifest.tensors[want.key].dtype]
-                want.buffers = [torch.empty(box.shape, dtype=dtype) for box in want.boxes]
+                want.buffers = [torch.empty(box.shape, dtype=dtype, device="cpu") for box in want.boxes]
         self._run(self._read)
         if coverage is not None:
             coverage.add(self.reads)
@@ -124,7 +124,7 @@ class Reader:
             for window in cached.windows():
                 check(memory(window))
         else:
-            scratch = memory(torch.empty(min(request.stop - request.start, _SCRATCH), dtype=torch.uint8))
+            scratch = memory(torch.empty(min(request.stop - request.start, _SCRATCH), dtype=torch.uint8, device="cpu"))
             for start in range(request.start, request.stop, len(scratch)):
                 self.storage.read_into(path, start, [scratch[: request.stop - start]], check)
         check.finish()
@@ -157,7 +157,7 @@ class Reader:
         self, request: Read, start: int, stop: int, later: list[tuple[Use, int, int, Tensor]]
     ) -> list[memoryview]:
         """Memory for bytes that have no place of their own; what uses want of them is noted in `later`."""
-        scratch = torch.empty(stop - start, dtype=torch.uint8)
+        scratch = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
         for use in request.uses:
             first, last = max(start, use.at), min(stop, use.stop)
             if first < last:

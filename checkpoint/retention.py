@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from .storage import Storage, open_storage
 # The manifest of a checkpoint goes first, so that one that is half removed is none.
 # A data file that no manifest names is of a save that died, or of one that is running. Nobody can tell these apart but
 # by time: files of one save are removed together, when the last of them is older by a grace time than the newest file
-# under the root. So ages are differences of times of one clock, the storage's.
+# under the root. So ages are differences of times of one clock, the storage's, unless that has been in the future.
 
 _TEMPORARY = (f".{MANIFEST}.", f".{INDEX}.")
 
@@ -77,8 +78,10 @@ def prune(
     return list(plan.steps)
 
 
-def plan_prune(storage: Storage, keep_last: int, keep_every: int | None = None, grace: float = GRACE) -> Plan:
-    """What `prune` would remove; removes nothing."""
+def plan_prune(
+    storage: Storage, keep_last: int, keep_every: int | None = None, grace: float = GRACE, saved: int | None = None
+) -> Plan:
+    """What `prune` would remove; removes nothing. `saved`: the step just saved, which may not be the newest, stays."""
     everything = survey(storage)
     for found in everything:
         found.refuse_newer()  # it may need files that nobody here knows of
@@ -91,6 +94,7 @@ def plan_prune(storage: Storage, keep_last: int, keep_every: int | None = None, 
         [found.step for found in complete if found.verified],
         needs,
         [found.step for found in everything if not found.complete],
+        saved,
     )
     gone = tuple(found.step for found in complete if found.step not in reasons)
     return Plan(gone, _leftovers(storage, everything, grace), reasons)
@@ -103,11 +107,13 @@ def stay(
     verified: list[int],
     needs: Mapping[int, set[int]],
     others: list[int],
+    saved: int | None = None,
 ) -> dict[int, str]:
     """The steps that stay, each with the reason.
 
     complete, verified: steps of complete and of verified checkpoints, ascending. needs: for each step those whose files
-    it uses. others: steps that are not complete, which are not touched and whose files may still be wanted.
+    it uses. others: steps that are not complete, which are not touched and whose files may still be wanted. saved: the
+    step just saved.
     """
     reasons = dict.fromkeys(others, "not complete, left alone")
     for step in complete[-keep_last:]:
@@ -118,6 +124,8 @@ def stay(
             if step == 0 or step // keep_every not in seen:
                 reasons.setdefault(step, f"the first from step {step // keep_every * keep_every} on")
             seen.add(step // keep_every)
+    if saved is not None:
+        reasons.setdefault(saved, "just saved")
     for step in verified[-1:]:
         reasons.setdefault(step, "the newest that was verified")
     todo = list(reasons)
@@ -154,7 +162,8 @@ def _ours(name: str) -> bool:
 def _leftovers(storage: Storage, everything: list[Found], grace: float) -> tuple[str, ...]:
     used = {(file.step, file.name) for f in everything if f.manifest for file in f.manifest.files}
     times = {found.step: storage.modified(step_folder(found.step)) for found in everything}
-    now = max((time for folder in times.values() for time in folder.values()), default=0.0)
+    newest = max((when for folder in times.values() for when in folder.values()), default=0.0)
+    now = min(newest, time.time())  # a file from the future, of a clock that has jumped, makes no other one old
     paths: list[str] = []
     for found in everything:
         if MANIFEST in found.sizes and not found.complete:

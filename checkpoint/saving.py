@@ -9,7 +9,6 @@ import datetime
 import numbers
 import os
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +20,7 @@ import xxhash
 from torch import nn
 
 from .. import __version__
-from . import assemble, catalog, gather, retries, rng
+from . import assemble, catalog, gather, rng
 from .compare import compare, merge_states
 from .datafile import Item, Origin
 from .dtypes import DTYPES, dtype_name
@@ -102,7 +101,8 @@ def save(
     not, or of a model, to be read with `fastopt.checkpoint.open` (without `step` as the step after the newest).
 
     The random generators of every rank are saved too. Collective: every rank of `group` must call it. When it returns,
-    the checkpoint is complete and on disk. A step is never overwritten.
+    the checkpoint is complete and on disk. A step is never overwritten. Where a job has gone back, the
+    newer steps of before are still the newest ones: saving an older one warns of them, until somebody removes them.
 
     Args:
         what: the root, or a state dict.
@@ -322,35 +322,22 @@ class Save:
     def _commit(self, records: list[assemble.RankRecord]) -> str:
         """On rank 0: check all records, then publish the manifest. The URL of the step folder."""
         manifest = self.manifest(records)
-        self._see(manifest)
+        data = to_bytes(manifest)
+        catalog.check_readable(data)
+        catalog.wait_for(self.storage, manifest)
         index = assemble.hugging_face_index(manifest)
         try:
             if index is not None:
                 self.storage.remove(f"{self.folder}/{INDEX}")  # that of a save that died
                 self.storage.publish(f"{self.folder}/{INDEX}", index)
                 self.indexed = True
-            self.storage.publish(f"{self.folder}/{MANIFEST}", to_bytes(manifest))
+            self.storage.publish(f"{self.folder}/{MANIFEST}", data)
+            catalog.warn_of_newer(self.storage, self.step)
         except FileExistsError:
             raise CheckpointError(
                 f"step {self.step} was saved by somebody else meanwhile, at {self.storage.url}: do two jobs save there?"
             ) from None
         return f"{self.storage.url}/{self.folder}"
-
-    def _see(self, manifest: Manifest) -> None:
-        """Raise CheckpointError unless all files are seen here at their full size, at the latest after some waiting:
-        what others have written may take a while to appear in a listing, of NFS for one."""
-        for wait in (*retries.WAITS, None):
-            seen = {step: self.storage.sizes(step_folder(step)) for step in {file.step for file in manifest.files}}
-            wrong = [file for file in manifest.files if seen[file.step].get(file.name) != file.bytes]
-            if not wrong:
-                return
-            if wait is not None:
-                time.sleep(wait)
-        first = wrong[0]
-        raise CheckpointError(
-            f"{self.storage.url}/{first.path} was written with {first.bytes} bytes, but rank 0 sees "
-            f"{seen[first.step].get(first.name, 'no such file')}: is the storage shared by all ranks?"
-        )
 
     def manifest(self, records: list[assemble.RankRecord]) -> Manifest:
         """The manifest of what all ranks wrote."""

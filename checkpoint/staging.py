@@ -50,14 +50,14 @@ class Staging:
             target.copy_(source, non_blocking=True)
             copies.append(replace(item, data=target))
             at += _padded(item)
-        if any(item.data.is_cuda for item in items):
-            torch.cuda.synchronize()
+        for device in {item.data.device for item in items if item.data.is_cuda}:
+            torch.cuda.synchronize(device)
         return copies
 
     def _room(self, size: int) -> Tensor:
         if self._buffer is None or self._buffer.numel() < size:
             self._buffer = None  # the old one first, so that there are never two
-            self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=in_use("cuda"))
+            self._buffer = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=in_use("cuda"))
         return self._buffer
 
     def free(self) -> None:

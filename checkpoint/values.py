@@ -62,7 +62,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Json:
     if isinstance(value, Mapping):
         return _encode_mapping(value, where, depth)
     if isinstance(value, list | tuple | set | frozenset):
-        items = [encode(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
+        one = _encode_hashed if isinstance(value, set | frozenset) else encode
+        items = [one(item, f"{where}[{i}]", depth + 1) for i, item in enumerate(value)]
         if isinstance(value, list):
             return items
         return {"$": "tuple" if isinstance(value, tuple) else "set", "v": items}
@@ -76,10 +77,20 @@ def _encode_mapping(value: Mapping[Any, Any], where: str, depth: int) -> Json:
     if all(type(key) is str for key in value) and "$" not in value and not isinstance(value, Counter):
         return {key: encode(item, f"{where}.{key}", depth + 1) for key, item in value.items()}
     pairs = [
-        [encode(key, f"a key of {where}", depth + 1), encode(item, f"{where}[{key!r}]", depth + 1)]
+        [_encode_hashed(key, f"a key of {where}", depth + 1), encode(item, f"{where}[{key!r}]", depth + 1)]
         for key, item in value.items()
     ]
     return {"$": "counter" if isinstance(value, Counter) else "dict", "v": pairs}
+
+
+def _encode_hashed(value: Any, where: str, depth: int) -> Json:
+    """A key, or a member of a set; CheckpointError for what would come back as something that can be neither."""
+    encoded = encode(value, where, depth)
+    try:
+        hash(decode(encoded, where))
+    except TypeError:
+        raise CheckpointError(f"{where} is {value!r}, which cannot be saved there: sets come back as sets") from None
+    return encoded
 
 
 def _encode_tensor(value: Tensor, where: str) -> Json:
@@ -169,7 +180,7 @@ def _decode_data(value: dict[str, Json], where: str) -> Any:
     if value["$"] == "array":
         return np.frombuffer(raw, dtype=np_dtype).reshape(shape).copy()
     if not raw:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(raw), dtype=dtype).reshape(shape)
 
 

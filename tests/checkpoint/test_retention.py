@@ -173,6 +173,15 @@ def test_ages_are_by_the_clock_of_the_storage(tmp_path: Path) -> None:
     assert all(file.exists() for file in files)
 
 
+def test_a_clock_that_has_jumped_makes_no_running_save_old(tmp_path: Path) -> None:
+    save_steps(tmp_path, 1)
+    files = left_behind(tmp_path, 2, "00000001", hours=1)
+    for file in (tmp_path / "step-00000001").iterdir():  # saved while the clock was a day ahead
+        os.utime(file, (time.time() + 24 * HOUR,) * 2)
+    prune(tmp_path, keep=1)
+    assert all(file.exists() for file in files)
+
+
 def test_leftovers_beside_a_broken_manifest_are_left_alone(tmp_path: Path) -> None:
     save_steps(tmp_path, 1)
     files = left_behind(tmp_path, 2, "00000001", hours=100)

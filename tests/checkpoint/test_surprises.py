@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, retries, save, steps, storage, verify
+from fastopt.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    catalog,
+    latest,
+    load,
+    retries,
+    save,
+    steps,
+    storage,
+    verify,
+)
 from fastopt.checkpoint.storage import LocalStorage
 
 from .jobs import Small, adam_job, bits, everything, train
@@ -40,15 +52,27 @@ def in_inference_mode() -> nn.Module:
         return nn.Linear(3, 3)
 
 
+def conjugated() -> nn.Module:
+    model = nn.Linear(3, 3)
+    model.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64).conj())
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
-    [(on_meta, "meta device"), (expanded, "share memory"), (in_inference_mode, "inference mode")],
+    [
+        (on_meta, "meta device"),
+        (expanded, "share memory"),
+        (in_inference_mode, "inference mode"),
+        (conjugated, "conjugates"),
+    ],
 )
 @pytest.mark.parametrize("staging", [0, 1 << 20])
 def test_live_tensors_that_nothing_can_be_stored_in_are_named(
     make: Callable[[], nn.Module], why: str, staging: int, tmp_path: Path
 ) -> None:
-    save(tmp_path, step=1, model=nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 3)))
+    stored = conjugated() if make is conjugated else nn.Linear(3, 3)
+    save(tmp_path, step=1, model=nn.Sequential(nn.Linear(2, 2), stored))
     model = nn.Sequential(nn.Linear(2, 2), make())
     first = bits(model[0].weight)
     with pytest.raises(CheckpointError, match=rf"cannot be loaded into: 1\.weight \(.*{why}"):
@@ -66,6 +90,35 @@ def test_an_optimizer_of_parameters_without_memory_is_refused(tmp_path: Path) ->
         load(tmp_path, opt=Adam(on_meta().named_parameters()))
 
 
+@pytest.mark.parametrize("staging", [0, 1 << 20])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_default_device_of_a_program_does_not_matter(asynchronous: bool, staging: int, tmp_path: Path) -> None:
+    """Buffers for files are on the CPU, whatever torch.set_default_device says."""
+    model, opt, schedule = adam_job()
+    train(model, opt, schedule)
+    other = adam_job(1)
+    torch.set_default_device("meta")
+    try:
+        with Checkpointer(tmp_path, asynchronous=asynchronous) as checkpoints:
+            checkpoints.save(1, model=model, opt=opt, scheduler=schedule)
+        load(tmp_path, model=other[0], opt=other[1], scheduler=other[2], staging=staging)
+        assert verify(tmp_path).sound
+    finally:
+        torch.set_default_device(None)
+    assert everything(*other) == everything(model, opt, schedule)
+
+
+@dataclass
+class Holder:
+    """Something with a state of plain values."""
+
+    state: Any
+
+    def state_dict(self) -> Any:
+        """The state."""
+        return self.state
+
+
 def metadata() -> dict[str, Any]:
     model = nn.Module()
     model._parameters["__metadata__"] = nn.Parameter(torch.zeros(2))
@@ -79,9 +132,15 @@ def metadata() -> dict[str, Any]:
         ({"step": 10**20}, "step must be a whole number"),
         (metadata(), "'__metadata__': safetensors files have no room"),
         ({"extra": {"a": 10**5000}}, r"extra\.a is a number of 16610 bits"),
+        ({"scheduler": Holder({"v": {frozenset([1]): 2}})}, r"a key of scheduler\.v is frozenset"),
+        ({"scheduler": Holder({"v": {(1, frozenset())}})}, r"scheduler\.v\[0\] is \(1, frozenset"),
+        ({"loader": Holder({"v": "x" * 10_000})}, r"the manifest would have .* more than 10000: .* loader"),
     ],
 )
-def test_what_could_not_be_read_again_is_not_written(what: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_could_not_be_read_again_is_not_written(
+    what: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "_LARGEST_MANIFEST", 10_000)
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, **{"step": 1, "model": nn.Linear(2, 2), **what})
     assert not list(tmp_path.iterdir())

@@ -81,6 +81,36 @@ def test_without_strict_what_does_not_fit_stays_and_is_listed(tmp_path: Path) ->
     assert not fresh.state.get(params["scale"])
 
 
+class Pair(nn.Module):
+    """Two layers, tied or not."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(200, 200, bias=False), nn.Linear(200, 200, bias=False)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("staging", [0, 1 << 30])
+def test_a_tied_tensor_gets_one_of_two_that_were_not(staging: int, tmp_path: Path) -> None:
+    """Never both, one over the other."""
+    model = Pair(tied=False)
+    save(tmp_path, step=1, model=model)
+    live = Pair(tied=True)
+    before = bits(dict(live.state_dict()))
+    with pytest.raises(
+        CheckpointError, match=r"one tensor in the model, two in the checkpoint: a\.weight and b\.weight"
+    ):
+        load(tmp_path, model=live, staging=staging)
+    assert bits(dict(live.state_dict())) == before
+    (line,) = load(tmp_path, model=live, strict=False, staging=staging).report
+    assert "a.weight and b.weight" in line
+    assert bits(live.b.weight) == bits(model.a.weight)
+    save(tmp_path, step=2, model=live)
+    load(tmp_path, model=model, staging=staging)
+    assert bits(model.a.weight) == bits(model.b.weight) == bits(live.a.weight)
+
+
 def test_another_dtype_is_taken_only_when_asked_for(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
     save(tmp_path, step=1, model=model)
