@@ -157,11 +157,14 @@ class Gathering:
         self._known, self._loose = called, frozenset(loose)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_trace(number: int, k: int) -> int:
     """Runs while a graph is traced, and is a constant in it. Takes nothing but constants."""
     _numbered[number].traced(k)
     return k
+
+
+# What `torch.compiler.assume_constant_result` does, but for importing Dynamo, which takes a second of every start.
+_note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def synchronize_model(model: nn.Module) -> None:
