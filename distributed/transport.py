@@ -7,7 +7,8 @@ it moves, so they can be memory that the other ranks reach.
 The two worker threads of a Gloo process group note the name of the last collective that they have finished in one
 string, without a lock. Names of up to 15 characters lie in the string itself, and a torn one harms nobody. That of the
 coalesced all-gather is longer and lies on the heap: two workers that are done at the same time free it twice, and the
-process dies of it (seen with PyTorch 2.13). So over Gloo nothing coalesced is used.
+process dies of it (seen with PyTorch 2.13). So over Gloo nothing coalesced is used: what several buffers get comes in
+one buffer, as it does within Gloo's own coalesced gather, and is copied to its places when it is waited for.
 """
 
 from __future__ import annotations
@@ -38,12 +39,28 @@ def _all_gather(group: Any, full: Tensor, mine: Tensor) -> Work:
 
 
 def _all_gather_several(group: Any, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
-    """As `_all_gather` for each of several buffers, in one collective; over Gloo in as many, see above."""
+    """As `_all_gather` for each of several buffers, in one collective."""
     if group._get_backend(fulls[0].device).name() == "gloo":
-        return _Works([_all_gather(group, full, mine) for full, mine in zip(fulls, mines, strict=True)])
+        return _Together(group, fulls, mines)
     call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
     work: Work = call(list(fulls), list(mines), _gathering())
     return work
+
+
+class _Together:
+    """One gather of what several buffers get, see [Note: names in Gloo]."""
+
+    def __init__(self, group: Any, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> None:
+        self._fulls, self._sizes = fulls, [mine.numel() for mine in mines]
+        mine = torch.cat(list(mines))
+        self._received = mine.new_empty(group.size(), mine.numel())
+        self._work = _all_gather(group, self._received.view(-1), mine)
+
+    def wait(self) -> None:
+        """Wait for it, and bring everything to its place."""
+        self._work.wait()
+        for full, part in zip(self._fulls, self._received.split_with_sizes(self._sizes, 1), strict=True):
+            full.view(part.shape).copy_(part)
 
 
 def _gathering() -> AllgatherOptions:
@@ -57,18 +74,6 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Wait for it; on CUDA let the current stream wait."""
-
-
-class _Works:
-    """Several collectives that are waited for together."""
-
-    def __init__(self, works: Sequence[Work]) -> None:
-        self._works = works
-
-    def wait(self) -> None:
-        """Wait for all of them."""
-        for work in self._works:
-            work.wait()
 
 
 class Transport(Protocol):
@@ -109,7 +114,7 @@ class GroupTransport:
         return _reduce_scatter(self._group, mine, full)
 
     def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
-        """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it."""
+        """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it, Gloo one message."""
         if len(fulls) == 1:
             return _all_gather(self._group, fulls[0], mines[0])
         return _all_gather_several(self._group, fulls, mines)
