@@ -26,6 +26,10 @@ class Gradients(Protocol):
     def in_round(self) -> bool:
         """Whether a backward pass that reduces gradients is under way, or has failed."""
 
+    @property
+    def taken(self) -> bool:
+        """Whether there are gradients that are not in `p.grad` any more."""
+
     def settle(self, place: Place) -> list[int]:
         """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
 
@@ -58,6 +62,7 @@ class LocalGradients:
     """Stage 1: `p.grad` is whole and averaged on every rank."""
 
     in_round = False
+    taken = False
 
     def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement) -> None:
         self._ranks, self._buffers, self._agreement = ranks, buffers, agreement

@@ -126,6 +126,11 @@ class Reductions:
             self._drop(reduction)
         self._in_flight.clear()
 
+    @property
+    def taken(self) -> bool:
+        """Whether there are gradients that are not in `p.grad` any more."""
+        return bool(self._in_flight or self._parts)
+
     def under_way(self, buckets: Set[int]) -> bool:
         """Whether any of these buckets is still being reduced."""
         return any(wire.bucket.index in buckets for wire, *_ in self._in_flight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +19,7 @@ from .agreement import Agreement
 from .along import Along
 from .around import take_in
 from .buckets import Buffers
+from .clipping import teach_clipping
 from .collectives import Ranks
 from .consistency import agree_fully
 from .forgetting import teach_module
@@ -100,6 +101,7 @@ class ShardedOptimizer(RunsParts):
         teach_averaged_model()
         if stage == 2:
             teach_module(self)
+            teach_clipping(self)
         take_in(opt)
 
     # ---- stepping
@@ -190,6 +192,10 @@ class ShardedOptimizer(RunsParts):
         """Drop reduced gradients, which are not in `p.grad`; `model.zero_grad()` calls it, see forgetting.py."""
         self._refuse_before_step("zero_grad()")
         self._gradients.clear()
+
+    def has_taken(self, params: Iterable[Tensor]) -> bool:
+        """Whether this rank holds reduced gradients, and any of `params` that is among its own has none in `p.grad`."""
+        return self._gradients.taken and any(p.grad is None and id(p) in self._index for p in params)
 
     def _refuse_before_step(self, what: str) -> None:
         """Raise if the step has been made in backward and `step` has not been called."""

@@ -316,6 +316,36 @@ def test_zero_grad_of_a_module(ranks: Any) -> None:
 # ---- clipping
 
 
+def torchs_clipping(rank: int, world_size: int) -> None:
+    """torch's own clipping is refused where it would find nothing, and does what it does elsewhere."""
+    clip = torch.nn.utils.clip_grad_norm_
+    for stage in (1, 2):
+        model, other = network(), network()
+        opt = shard(fastopt.SGD(groups(model), lr=0.1), model, stage=stage)
+        assert clip(model.parameters(), 1.0) == 0  # there are none yet
+        with opt.no_sync():
+            model(batch(0, rank)).sum().backward()
+        assert clip(model.parameters(), 1e-3) > 1
+        assert clip(model.parameters(), 1.0) < 1.1e-3
+        model(batch(0, rank)).sum().backward()
+        other(batch(0, rank)).sum().backward()
+        assert clip(other.parameters(), 1.0) > 1
+        if stage == 1:
+            clip(model.parameters(), 1.0)
+            continue
+        for params in (model.parameters(), next(iter(model.parameters())), [*other.parameters(), *model.parameters()]):
+            with pytest.raises(RuntimeError, match="clip_grad_norm_\\(max_norm\\) of the optimizer that shard"):
+                clip(params, 1.0)
+        assert opt.clip_grad_norm_(1.0) > 1
+        opt.step()
+        opt.zero_grad()
+        assert clip(model.parameters(), 1.0) == 0
+
+
+def test_clipping_by_torch_is_refused_where_it_finds_nothing(ranks: Any) -> None:
+    ranks(2).run(torchs_clipping)
+
+
 def clips(rank: int, world_size: int) -> None:
     for name in ("adam", "adamw"):
         for stage in (1, 2):
