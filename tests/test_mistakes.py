@@ -41,12 +41,6 @@ def narrow_cb(model: nn.Module, opt: Adam) -> None:
     Optimizer(model.parameters(), [average_grad, narrow], lr=0.1).step()
 
 
-def sparse_gradient(model: nn.Module, opt: Adam) -> None:
-    table = nn.Embedding(5, 3, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    Adam(table.parameters()).step()
-
-
 MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
     "a hyper that is text": (bad_lr, TypeError, "lr of group 1 is '0.1', expected a number"),
     "a cb without **kwargs": (narrow_cb, TypeError, "narrow has no argument .*'mom', .* add \\*\\*kwargs"),
@@ -57,7 +51,6 @@ MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
     "clip to text": (lambda m, o: o.clip_grad_norm_("1"), TypeError, "max_norm is '1', expected a number"),
     "clip to less than 0": (lambda m, o: o.clip_grad_norm_(-1.0), ValueError, "max_norm is -1.0, expected a number >="),
     "clip by no norm": (lambda m, o: o.clip_grad_norm_(1.0, 0), ValueError, "norm_type is a positive number or inf"),
-    "a sparse gradient": (sparse_gradient, RuntimeError, "average_sqr_grad .* sparse .*shape .5, 3. .*sparse=False"),
     "no state dict": (lambda m, o: o.load_state_dict(None), TypeError, "what state_dict.. gave, got a NoneType"),
     "buckets of text": (lambda m, o: shard(o, m, bucket_bytes="25"), ValueError, "bucket_bytes is .*, got '25'"),
     "a cost that is a number": (lambda m, o: shard(o, m, cost=3), TypeError, "cost is a function .*, got 3"),

@@ -94,14 +94,6 @@ def _call(cb: Callable[..., Any], p: Tensor, state: dict[str, Any], hypers: dict
             f"{cb_name(cb)} has no argument {', '.join(map(repr, unknown))}, but is given all hyper-parameters and "
             f"states of the parameter: add **kwargs for those that it does not use"
         )
-    try:
-        result = cb(p, **given)
-    except (NotImplementedError, RuntimeError) as error:
-        if p.grad is not None and p.grad.layout != torch.strided:
-            raise RuntimeError(
-                f"{cb_name(cb)} cannot take the sparse gradient of a parameter of shape {tuple(p.shape)} in group "
-                f"{group}: use dense gradients (Embedding(sparse=False)), or torch.optim.SparseAdam for this parameter"
-            ) from error
-        raise
+    result = cb(p, **given)
     if isinstance(result, dict):
         state.update(result)
