@@ -94,7 +94,7 @@ class Checkpointer:
         group: dist.ProcessGroup | None = None,
     ) -> None:
         check_whole_number("keep_last", keep_last, 1, "a number of checkpoints, at least 1")
-        check_whole_number("keep_every", keep_every, 1, "a positive number of steps")
+        check_whole_number("keep_every", keep_every, 1, "a positive number beside a keep_last")
         check_whole_number("staging", staging, 0, "a number of bytes")
         if keep_every is not None and keep_last is None:
             raise ValueError(f"keep_every is a positive number beside a keep_last, got {keep_every}")
