@@ -161,7 +161,7 @@ def find(storage: Storage, step: int | None) -> tuple[str, bytes]:
         if found.complete:
             return step_folder(number), found.data
         reasons.append(str(found.problem))
-    raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *reasons[:5]]))
+    raise CheckpointError("\n".join([nothing_at(storage.url), *reasons[:5]]))
 
 
 def inspect(storage: Storage, step: int) -> tuple[Manifest, bytes]:
@@ -314,6 +314,14 @@ def warn_of_newer(storage: Storage, step: int) -> None:
             storage.url,
             shown,
         )
+
+
+def nothing_at(url: str) -> str:
+    """What is said of a root without a complete checkpoint; `url` may be a step folder by mistake."""
+    root, _, name = url.rstrip("/").rpartition("/")
+    named = _STEP.fullmatch(name)
+    hint = f": this is the folder of a step, pass {root} and step={int(named[1])}" if named else ""
+    return f"there is no complete checkpoint at {url}{hint}"
 
 
 def step_numbers(storage: Storage) -> list[int]:

@@ -18,6 +18,7 @@ from fsspec.utils import get_protocol
 from torch import nn
 
 from . import catalog
+from .arguments import check_whole_number
 from .catalog import Entry
 from .datafile import Item
 from .errors import CheckpointError
@@ -92,12 +93,11 @@ class Checkpointer:
         reuse: bool = True,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if keep_last is not None and keep_last < 1:
-            raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-        if keep_every is not None and (keep_every < 1 or keep_last is None):
+        check_whole_number("keep_last", keep_last, 1, "a number of checkpoints, at least 1")
+        check_whole_number("keep_every", keep_every, 1, "a positive number beside a keep_last")
+        check_whole_number("staging", staging, 0, "a number of bytes")
+        if keep_every is not None and keep_last is None:
             raise ValueError(f"keep_every is a positive number beside a keep_last, got {keep_every}")
-        if staging is not None and staging < 0:
-            raise ValueError(f"staging is a number of bytes, got {staging}")
         self.url = url
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous, self.reuse = asynchronous, reuse

@@ -53,6 +53,8 @@ def export_hf(
     Everything read is verified. Memory: some tens of MiB; where `destination` is an object store, one file. Nothing is
     overwritten, and after an error nothing is left. Not collective.
     """
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or not dtype.is_floating_point):
+        raise TypeError(f"dtype is a floating-point dtype such as torch.bfloat16, got {dtype!r}")
     source, target = open_storage(url), open_storage(destination)
     folder, data = find(source, step)
     manifest = from_bytes(data)

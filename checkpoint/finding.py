@@ -81,7 +81,7 @@ class Search:
             passed.append(found.problem)
             if self.step is not None or (self.on_corrupt == "raise" and MANIFEST in found.sizes):
                 raise CheckpointError(passed[-1])  # one without a manifest was never completed
-        raise CheckpointError("\n".join([f"there is no complete checkpoint at {storage.url}", *passed][:6]))
+        raise CheckpointError("\n".join([catalog.nothing_at(storage.url), *passed][:6]))
 
     def _removed(self, number: int) -> bool:
         """Whether somebody has removed the checkpoint since it was seen: then there may be a newer one by now."""

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..pieces import Box
 from . import rng
+from .arguments import check_objects, check_whole_number
 from .coverage import Coverage
 from .errors import CheckpointError
 from .finding import Search, damage_of
@@ -125,8 +126,8 @@ def load(
             `check="during"`, or where a file that has just been verified can no longer be read, they may be partly
             overwritten; the error then says so on every rank.
         StorageError: the storage is out of reach.
-        ValueError: an argument that is none of those it may be; or `check="during"` without `strict`, for what does
-            not fit could not be told from what has been overwritten.
+        TypeError, ValueError: an argument that is none of those it may be; or `check="during"` without `strict`, for
+            what does not fit could not be told from what has been overwritten.
     """
     if on_corrupt not in ("previous", "raise"):
         raise ValueError(f"on_corrupt is 'previous' or 'raise', got {on_corrupt!r}")
@@ -134,6 +135,7 @@ def load(
         raise ValueError(f"check is 'before' or 'during', got {check!r}")
     if check == "during" and not strict:
         raise ValueError("check='during' overwrites live tensors, so it is for strict loads: use check='before'")
+    check_whole_number("step", step, 0, "a whole number from 0")
     peers = Peers(group)
     live = _Live(model, opt, scheduler, scaler, loader, rng, strict, cast)
     search = Search(peers, url, step, on_corrupt)
@@ -218,6 +220,8 @@ class _Load:
         Returns what is wrong with the checkpoint itself, and the name of this machine.
         """
         self.storage = search.storage
+        live = self.live
+        check_objects(live.model, live.opt, scheduler=live.scheduler, scaler=live.scaler, loader=live.loader)
         damage = damage_of(partial(self._parse, search))
         if damage is None:
             self._match()
@@ -243,7 +247,9 @@ class _Load:
         if live.model is not None:
             self.model = ModelTarget(manifest, live.model, strict, live.cast)
         if strict and self.problems:
-            raise CheckpointError("\n  ".join([f"{self.place} does not fit what it is loaded into:", *self.problems]))
+            advice = "(strict=False loads what fits and reports the rest, cast=True takes other floating-point dtypes)"
+            lines = [f"{self.place} does not fit what it is loaded into:", *self.problems, advice]
+            raise CheckpointError("\n  ".join(lines))
         if live.rng and self.peers.rank < len(manifest.rng):
             for name in manifest.rng[self.peers.rank]:
                 key = rng_key(self.peers.rank, name)

@@ -21,6 +21,7 @@ from torch import nn
 
 from .. import __version__
 from . import assemble, catalog, gather, rng
+from .arguments import check_objects
 from .compare import compare, merge_states
 from .datafile import Item, Origin
 from .dtypes import DTYPES, dtype_name
@@ -191,6 +192,9 @@ class Save:
             raise CheckpointError(f"step must be a whole number from 0 to {LARGEST - 1}, got {self.step!r}")
         self.step = int(self.step)
         parts = self.parts
+        if all(part is None for part in vars(parts).values()):
+            raise CheckpointError("there is nothing to save: pass model=, opt= or others")
+        check_objects(parts.model, parts.opt, scheduler=parts.scheduler, scaler=parts.scaler, loader=parts.loader)
         check_json(parts.extra, "extra")
         for what, holder in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
             if holder is not None:

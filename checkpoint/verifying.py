@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from .assemble import hugging_face_index
-from .catalog import Found, damaged_mark, look, newest_completed, note_damage, verified_mark
+from .catalog import Found, damaged_mark, look, newest_completed, note_damage, nothing_at, verified_mark
 from .dtypes import DTYPES
 from .errors import CheckpointError, StorageError
 from .records import INDEX, MANIFEST, DataFile, Manifest, step_folder
@@ -70,7 +70,7 @@ def verify(
     storage = open_storage(url)
     number = newest_completed(storage) if step is None else step
     if number is None:
-        raise CheckpointError(f"there is no complete checkpoint at {storage.url}")
+        raise CheckpointError(nothing_at(storage.url))
     found = look(storage, number, notes=False)
     if step is None:
         found.refuse_newer()

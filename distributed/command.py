@@ -34,10 +34,14 @@ from .planning import plan as make_plan
 @click.option("--optimizer", default="Adam", show_default=True, help="A class of fastopt, or of torch.optim.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the parameters; with --params.")
 @click.option("--master-weights", is_flag=True, help="Keep float32 copies of parameters of low precision.")
-@click.option("--groups", type=int, default=1, show_default=True, help="Parameter groups, by layers; with --params.")
+@click.option(
+    "--groups", type=click.IntRange(min=1), default=1, show_default=True, help="Groups, by layers; with --params."
+)
 @click.option("--stage", "stages", type=click.Choice(["1", "2", "3"]), multiple=True, help="Only this; repeatable.")
 @click.option("--layout", type=click.Choice(["even", "whole"]), help="By default what the optimizer needs.")
-@click.option("--bucket-mb", type=float, metavar="MIB", help="Size of a bucket; by default as shard() chooses.")
+@click.option(
+    "--bucket-mb", type=click.FloatRange(min=0.001), metavar="MIB", help="Of a bucket; by default as shard() chooses."
+)
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Draw it into this file.")
 @as_json
 def plan(

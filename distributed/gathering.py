@@ -25,6 +25,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from .buckets import Buffers
@@ -43,9 +44,11 @@ class Gathering:
         ranks: who takes part.
         buffers: the parameters.
         model: the module that has them.
+        averages: whether gradients are averaged here, so that DistributedDataParallel must not do it too.
     """
 
-    def __init__(self, ranks: Ranks, buffers: Buffers, model: nn.Module) -> None:
+    def __init__(self, ranks: Ranks, buffers: Buffers, model: nn.Module, averages: bool = False) -> None:
+        self._averages = averages
         self._ranks, self._buffers = ranks, buffers
         self._pending: dict[int, Pending] = {}
         self.number = next(_numbers)
@@ -108,6 +111,11 @@ class Gathering:
         """Module number `k` is about to run."""
         if module is not self._modules[k]:
             return  # a copy, which has parameters of its own
+        if k == 0 and self._averages and DistributedDataParallel._active_ddp_module is not None:
+            raise RuntimeError(
+                "the model is called inside DistributedDataParallel, which averages the gradients that shard(stage=2) "
+                "averages: call the model itself, or use shard(..., stage=1)"
+            )
         self._called.add(k)
         if self._pending:
             if module.training:

@@ -55,8 +55,8 @@ class Layout:
         """The layout of `kind` for `params` (in registration order) on `world_size` ranks."""
         specs = tuple(params)
         bucket_bytes = default_bucket_bytes(specs) if bucket_bytes is None else bucket_bytes
-        if world_size < 1:
-            raise ValueError(f"a layout needs at least one rank, got world_size={world_size}")
+        if not isinstance(world_size, int) or world_size < 1:
+            raise ValueError(f"a layout needs at least one rank, got world_size={world_size!r}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes is a positive number of bytes, got {bucket_bytes}")
         if kind not in ("even", "whole"):

@@ -68,7 +68,10 @@ def specs_of(opt: _BaseOptimizer, model: nn.Module, ranks: Ranks, cost: Cost | N
 
 def _cost(name: str, p: Tensor, cost: Cost | None) -> float | None:
     """What a step on `p` costs."""
-    found = None if cost is None else float(cost(p))
+    try:
+        found = None if cost is None else float(cost(p))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the cost of {name!r} is no number: {error}") from error
     if found is not None and not 0 <= found < math.inf:
         raise ValueError(f"the cost of {name!r} is {found}, expected a number that is not negative")
     return found

@@ -169,7 +169,18 @@ def plan(
     Raises:
         ValueError: numbers that make no sense, or an optimizer that reads values of tensors in its first step.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"plan() takes the model as an nn.Module, got a {type(model).__name__}")
+    if not callable(make):
+        raise TypeError(
+            f"make is a function from parameters to an optimizer, as fastopt.Adam is; got an object of "
+            f"{type(make).__name__}"
+        )
     opt = make(model.parameters())
+    if not isinstance(opt, Optimizer):
+        raise TypeError(
+            f"make gave a {type(opt).__name__}, expected an optimizer of fastopt (OptimWrapper for torch's)"
+        )
     names = model_names(model)
     places = {key: place for place, key in enumerate(names)}
     specs = [
@@ -199,6 +210,8 @@ def plan_specs(
 ) -> Plan:
     """The same without a model: `state_bytes[i]` bytes of state per element of `params[i]`."""
     specs = tuple(params)
+    if not set(stages) <= {1, 2, 3}:
+        raise ValueError(f"stages are 1, 2 and 3, got {stages!r}")
     if not specs:
         raise ValueError("there are no parameters to plan for")
     made = Layout.make(layout, specs, ranks, bucket_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
@@ -77,9 +78,12 @@ def shard(
             returns (on CUDA: for what is enqueued next), for code that reads them in ways of its own.
 
     Raises:
+        RuntimeError: torchrun has started several processes, and no process group has been initialised.
         RanksDiffer: on all ranks, naming what differs: names, shapes, dtypes, groups, hyper-parameters, chain, stage.
         TypeError, ValueError: on all ranks, something that cannot be sharded.
     """
+    if group is None:
+        _check_started()
     ranks = seat(group)
     kind: Kind = "even"
     masters = False
@@ -90,6 +94,7 @@ def shard(
     try:
         _check(opt, model, stage)
         _check_dtype(reduce_dtype, stage)
+        _check_numbers(bucket_bytes, cost)
         if step_in_backward:
             _check_in_backward(opt, stage)
         moved = _transport(opt, ranks, transport)
@@ -172,6 +177,24 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name!r} makes sparse gradients, which have no slices: build it with sparse=False")
+
+
+def _check_started() -> None:
+    """Refuse a rank of torchrun without a process group: each would train a model of its own."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_torchelastic_launched() and started > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"torchrun has started {started} processes, but there is no process group: call "
+            f"torch.distributed.init_process_group() before shard()"
+        )
+
+
+def _check_numbers(bucket_bytes: Any, cost: Any) -> None:
+    """Refuse what is no size of a bucket, and no function of a parameter."""
+    if bucket_bytes is not None and (not isinstance(bucket_bytes, int) or bucket_bytes < 1):
+        raise ValueError(f"bucket_bytes is a positive number of bytes, got {bucket_bytes!r}")
+    if cost is not None and not callable(cost):
+        raise TypeError(f"cost is a function of a parameter that returns a number, got {cost!r}")
 
 
 def _check_dtype(reduce_dtype: Any, stage: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import outside_compile
+from ..checks import check_clip
 from ..engine import Engine
 from ..optimizer import Optimizer
 from ..parts import Sharers, part_of_grad
@@ -89,7 +90,8 @@ class ShardedOptimizer(RunsParts):
             if stage == 1
             else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype, self._lane)
         )
-        self._gathering = Gathering(ranks, self._buffers, model)
+        self._gathering = Gathering(ranks, self._buffers, model, averages=stage == 2)
+        self._looked_up: set[int] = set()
         self._pipeline = Pipeline(self._lane, self._buffers, self._gradients, self._gathering, self._run)
         self._in_backward: InBackward | None = None
         if step_in_backward and isinstance(self._gradients, ReducedGradients):
@@ -134,6 +136,8 @@ class ShardedOptimizer(RunsParts):
             self._gathering.begun()
         else:
             stepping = self._gradients.settle("step")
+            if len(stepping) < len(self._agreement.stepping()):
+                self._look_up(self._agreement.stepping().difference(stepping))
             if self._only_recorded or (self.stage == 2 and self._agreement.late):
                 problem = self._not_recorded(stepping) if self._only_recorded else None
                 self._agreement.ask("step", False, problem)
@@ -146,6 +150,22 @@ class ShardedOptimizer(RunsParts):
         if not self.overlap:
             self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def _look_up(self, idle: Set[int]) -> None:
+        """Raise if a parameter without a gradient has been replaced in the model. Each is looked up once."""
+        new = idle - self._looked_up
+        if not new:
+            return
+        there = dict(self.model.named_parameters(remove_duplicate=False))
+        for i in sorted(new):
+            name = self.layout.params[i].name
+            if there.get(name, self._buffers.params[i]) is not self._buffers.params[i]:
+                raise RuntimeError(
+                    f"{name!r} of the model is another tensor than when shard() was called, so it would not train. "
+                    f"Call shard() after what replaces parameters: load_state_dict(..., assign=True), assigning "
+                    f"modules or parameters. fully_shard() does so too, and takes an optimizer without shard()"
+                )
+        self._looked_up |= new
 
     def prepare_replay(self) -> NoReturn:
         """Refuse: a sharded step is no sequence of kernels alone.
@@ -221,11 +241,10 @@ class ShardedOptimizer(RunsParts):
             The norm before clipping, of the averaged gradients, a 0-d tensor.
 
         Raises:
-            ValueError: `norm_type` is not positive.
+            TypeError, ValueError: `max_norm` is no number from 0 on, or `norm_type` not positive.
             RuntimeError: the optimizer steps in backward.
         """
-        if not norm_type > 0:
-            raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
+        check_clip(max_norm, norm_type)
         if self._in_backward is not None:
             raise refused("clip_grad_norm_()", "Bound what the step does in the chain")
         present = self._gradients.settle("clip_grad_norm_")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from .checks import group_number
 from .hypers import (
     GroupsView,
     HyperNames,
@@ -220,7 +221,11 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
         Parameters marked `force_train` stay trainable in a frozen group unless `ignore_force_train`.
         """
-        i = range(len(self.param_groups))[n]
+        n_groups = len(self.param_groups)
+        i = group_number(n, "set_freeze()")
+        if not -n_groups <= i < n_groups:
+            raise IndexError(f"set_freeze({n}): there is no group {n}, the optimizer has {n_groups}")
+        i %= n_groups
         self._check_freezable([i])
         self._freeze_group(i, False if rg else "all" if ignore_force_train else True)
 
@@ -249,6 +254,7 @@ class _BaseOptimizer(torch.optim.Optimizer):
         A frozen parameter does not move, whatever gradient is left in it, except those marked `force_train`.
         """
         n_groups = len(self.param_groups)
+        n = group_number(n, "freeze_to()")
         n = n if n >= 0 else n_groups + n
         self._check_freezable(range(n_groups))
         if n >= n_groups:

@@ -1,8 +1,9 @@
-"""What values the hyper-parameters of the named optimizers may have."""
+"""What values hyper-parameters of the named optimizers, and arguments of methods, may have."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -30,3 +31,31 @@ def check_hyper(optimizer: str, name: str, value: Any, group: int, below_one: Co
         raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number >= 0")
     elif name in below_one and value >= 1:
         raise ValueError(f"{optimizer}: {name} of group {group} is {value!r}, expected a number below 1")
+
+
+def check_clip(max_norm: Any, norm_type: Any) -> None:
+    """Raise if gradients cannot be clipped to `max_norm`, measured by `norm_type`.
+
+    Raises:
+        TypeError: they are no numbers.
+        ValueError: `max_norm` is negative or not a number (nan), `norm_type` not positive.
+    """
+    for name, value in (("max_norm", max_norm), ("norm_type", norm_type)):
+        if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} is {value!r}, expected a number")
+    if not isinstance(max_norm, Tensor) and not max_norm >= 0:
+        raise ValueError(f"max_norm is {max_norm!r}, expected a number >= 0")
+    if not norm_type > 0:
+        raise ValueError(f"norm_type is a positive number or inf, got {norm_type}")
+
+
+def group_number(n: Any, what: str) -> int:
+    """`n` as the number of a group, which `what` was given.
+
+    Raises:
+        TypeError: it is no whole number.
+    """
+    try:
+        return index(n)
+    except TypeError:
+        raise TypeError(f"{what} takes the number of a group, got {n!r}") from None

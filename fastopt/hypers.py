@@ -246,6 +246,8 @@ def group_values(name: str, value: Any, n_groups: int) -> list[Any]:
 def _spread(name: str, value: slice, n_groups: int) -> list[float]:
     """`slice(a, b)` or `slice(b)` as one number per group."""
     start, stop = plain(value.start), plain(value.stop)
+    if value.step is not None or any(isinstance(end, str | bytes) for end in (start, stop)):
+        raise ValueError(f"{name}={value} is no slice(last) or slice(first, last) of numbers")
     if stop is None:
         raise ValueError(f"{name}={value} needs an end: slice(last) or slice(first, last)")
     if not start:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from .base import _BaseOptimizer, outside_compile, tensors_of
 from .capturable import CAPTURABLE, Counted, check_capturable, counts_to_device, on_device
+from .checks import check_clip
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values, pytorch_hp_map
 from .parts import Parts, any_spread, grad_norm, part_work, take
+from .pieces import Pieces
 from .state import ParamState
 from .state_dict import load_state_dict, make_state_dict
 from .watched import Watch, Watched
@@ -233,11 +235,23 @@ class Optimizer(_BaseOptimizer):
         state = self.state if isinstance(self.state, ParamState) else None
         reads = 0 if state is None else state.reads
         work = list(self._work())
-        self.run(work)
+        if any(isinstance(value, str) for group in self.param_groups for value in group.values()):
+            self._check_all_hypers()  # before the groups ahead of it have stepped
+        try:
+            self.run(work)
+        except TypeError:
+            self._check_all_hypers()  # what schedulers and others wrote into the groups
+            raise
         self._counted = counts_to_device(work, self.state, self._counted)
         if state is not None and not any_spread(work):
             self.runner.expect(self.param_groups, state, list(self._idle()))
             state.own_reads += (state.reads - reads) * self.runner.recorded
+
+    def _check_all_hypers(self) -> None:
+        """Raise if a hyper of any group cannot be one."""
+        for i in range(len(self.param_groups)):
+            for name, value in self.hypers_of(i).items():
+                self._check_hyper(name, value, i)
 
     def _repeat(self, launch: bool) -> bool:
         """Make a step that is like the last one, with kernels or without; tells whether it was made."""
@@ -306,8 +320,9 @@ class Optimizer(_BaseOptimizer):
             The norm before clipping, a 0-d tensor on the device of the gradients.
 
         Raises:
-            ValueError: `norm_type` is not positive.
+            TypeError, ValueError: `max_norm` is no number from 0 on, or `norm_type` not positive.
         """
+        check_clip(max_norm, norm_type)
         stepping = [p for i, group in enumerate(self.param_groups) for p in group["params"] if self.steps_on(i, p)]
         total, grads = grad_norm([p for p in stepping if isinstance(p, Tensor)], float(norm_type))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
@@ -364,6 +379,8 @@ class Optimizer(_BaseOptimizer):
     def _load_value(self, p: Any, key: str, value: Any, group: Group) -> Any:
         """One value of a loaded state as it is kept for `p` of `group`: tensors on its device, step counts as ints, or
         in a capturable group as tensors there."""
+        if isinstance(value, Pieces):
+            value = value.whole(key)
         if isinstance(value, Tensor):
             if key == "step" and value.numel() == 1:
                 return on_device(float(value), p) if group.get(CAPTURABLE) else int(value)

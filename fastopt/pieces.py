@@ -100,6 +100,20 @@ class Piece:
 class Pieces(tuple[Piece, ...]):
     """This rank's pieces of one state, as a sharded optimizer's state dict shows them."""
 
+    def whole(self, key: str) -> Tensor:
+        """The state `key`, if one piece is all of it.
+
+        Raises:
+            ValueError: it is a part of it.
+        """
+        if len(self) == 1 and self[0].box == Box.whole(self[0].shape):
+            return self[0].data
+        of = f" of {self[0].name!r}" if self else ""
+        raise ValueError(
+            f"the state {key!r}{of} is the part of one rank: call consolidate_state_dict() on all ranks before "
+            f"state_dict(), or save with fastopt.checkpoint.save, which loads into any optimizer"
+        )
+
     def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
         # What torch.distributed.checkpoint asks of values that say themselves how they are saved.
         raise TypeError(

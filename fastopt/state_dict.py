@@ -51,7 +51,10 @@ def pack(groups: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> dict[st
 
 def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Replace state, hyper-parameters and freezing of `opt`; nothing changes if `state_dict` does not fit."""
-    state_dict = dict(resolved(opt, state_dict))
+    found = resolved(opt, state_dict)
+    if not isinstance(found, Mapping):
+        raise TypeError(f"load_state_dict takes what state_dict() gave, got a {type(found).__name__}")
+    state_dict = dict(found)
     for pre_hook in opt._optimizer_load_state_dict_pre_hooks.values():
         state_dict = pre_hook(opt, state_dict) or state_dict
     if "hypers" in state_dict:

@@ -44,6 +44,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         except CheckpointError as error:
             raise Failed(str(error)) from error
+        except BrokenPipeError:  # who reads has enough: `| head`
+            raise
         except (OSError, ImportError) as error:
             raise Failed(f"{type(error).__name__}: {error}") from error
 

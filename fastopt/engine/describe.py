@@ -47,6 +47,20 @@ def required(cb: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name, needed in keywords(cb).items() if needed)
 
 
+@lru_cache(maxsize=1024)
+def _takes_more(cb: Callable[..., Any]) -> bool:
+    return any(q.kind is q.VAR_KEYWORD for q in inspect.signature(cb).parameters.values())
+
+
+def not_taken(cb: Callable[..., Any], given: Iterable[str]) -> list[str]:
+    """Those of the names `given` that `cb` has no argument for, having no `**kwargs` either."""
+    try:
+        more = _takes_more(cb)
+    except (TypeError, ValueError):  # not hashable, or a builtin without a signature
+        return []
+    return [] if more else [name for name in given if name not in keywords(cb)]
+
+
 def needs_of(cb: Callable[..., Any]) -> Needs:
     """What a cb must see of a sharded parameter; `whole` if it does not say."""
     needs = attribute(cb, "needs", "whole")

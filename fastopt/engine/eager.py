@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .describe import attribute, cb_name, needs_of, required
+from .describe import attribute, cb_name, needs_of, not_taken, required
 from .master import MASTER, StandIn, has_master
 from .reductions import across_processes
 from .work import GroupWork, Reduce
@@ -87,6 +87,12 @@ def _call(cb: Callable[..., Any], p: Tensor, state: dict[str, Any], hypers: dict
             f"{cb_name(cb)} needs {', '.join(map(repr, missing))} in group {group}: neither a hyper-parameter "
             f"({', '.join(hypers) or 'none'}) nor a state from an earlier callback ({', '.join(state) or 'none'}). "
             f"Pass it to the optimizer, or put the stat that makes it before {cb_name(cb)}."
+        )
+    unknown = not_taken(cb, given)
+    if unknown:
+        raise TypeError(
+            f"{cb_name(cb)} has no argument {', '.join(map(repr, unknown))}, but is given all hyper-parameters and "
+            f"states of the parameter: add **kwargs for those that it does not use"
         )
     result = cb(p, **given)
     if isinstance(result, dict):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, safe_open
 from torch import nn
 
 from fastopt.checkpoint import load, save
+from fastopt.checkpoint.command.places import command
 from fastopt.checkpoint.whole import consolidate
 from fastopt.command import main
 
@@ -331,3 +332,12 @@ def test_consolidate_as_a_function_tells_its_progress(run: Path, tmp_path: Path)
     consolidate(run, tmp_path, progress=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1]
     assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+def test_a_reader_that_has_enough_gets_no_message() -> None:
+    @command
+    def written() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):  # click then ends without a word
+        written()

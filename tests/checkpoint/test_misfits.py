@@ -91,7 +91,7 @@ def test_another_kind_of_optimizer_or_schedule_is_refused(root: Path) -> None:
 
 def test_what_was_not_saved_cannot_be_loaded(tmp_path: Path) -> None:
     model, opt, schedule = adam_job()
-    save(tmp_path, step=1)
+    save(tmp_path, step=1, extra={})
     refused(r"(?s)no optimizer.*no scheduler.*no model", tmp_path, model=model, opt=opt, scheduler=schedule)
 
 

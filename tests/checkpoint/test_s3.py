@@ -87,7 +87,7 @@ def test_a_prefix_of_any_characters(root: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "call", [latest, steps, load, verify, lambda url: save(url, step=2), lambda url: prune(url, 1)]
+    "call", [latest, steps, load, verify, lambda url: save(url, step=2, extra={}), lambda url: prune(url, 1)]
 )
 def test_wrong_credentials_are_no_empty_place(call: Any, root: str, server: S3Server, impatient: None) -> None:
     save(root, step=1, model=Small())
