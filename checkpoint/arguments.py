@@ -9,15 +9,15 @@ from torch import nn
 from .errors import CheckpointError
 
 
-def check_objects(model: Any, opt: Any, **others: Any) -> None:
-    """Raise CheckpointError where `model` is no module, `opt` no optimizer, or another one keeps no state."""
+def check_objects(model: Any, opt: Any, method: str, **others: Any) -> None:
+    """Raise CheckpointError where `model` is no module, `opt` no optimizer, or another one has no `method`."""
     if model is not None and not isinstance(model, nn.Module):
         raise CheckpointError(f"model is a torch.nn.Module, got {_a(model)}")
     if opt is not None and not (hasattr(opt, "param_groups") and hasattr(opt, "state_dict")):
         raise CheckpointError(f"opt is an optimizer, got {_a(opt)}")
     for name, holder in others.items():
-        if holder is not None and not (hasattr(holder, "state_dict") and hasattr(holder, "load_state_dict")):
-            raise CheckpointError(f"{name} is something with state_dict() and load_state_dict(), got {_a(holder)}")
+        if holder is not None and not hasattr(holder, method):
+            raise CheckpointError(f"{name} is something with {method}(), got {_a(holder)}")
 
 
 def check_whole_number(name: str, value: Any, least: int, what: str) -> None:

@@ -221,7 +221,8 @@ class _Load:
         """
         self.storage = search.storage
         live = self.live
-        check_objects(live.model, live.opt, scheduler=live.scheduler, scaler=live.scaler, loader=live.loader)
+        holders = {name: getattr(live, name) for name in ("scheduler", "scaler", "loader")}
+        check_objects(live.model, live.opt, "load_state_dict", **holders)
         damage = damage_of(partial(self._parse, search))
         if damage is None:
             self._match()

@@ -194,7 +194,8 @@ class Save:
         parts = self.parts
         if all(part is None for part in vars(parts).values()):
             raise CheckpointError("there is nothing to save: pass model=, opt= or others")
-        check_objects(parts.model, parts.opt, scheduler=parts.scheduler, scaler=parts.scaler, loader=parts.loader)
+        holders = {name: getattr(parts, name) for name in ("scheduler", "scaler", "loader")}
+        check_objects(parts.model, parts.opt, "state_dict", **holders)
         check_json(parts.extra, "extra")
         for what, holder in (("scheduler", parts.scheduler), ("scaler", parts.scaler)):
             if holder is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -25,6 +26,12 @@ def alive() -> int:
     return sum(storages.values())
 
 
+def settled() -> int:
+    """Bytes alive when Gloo's threads have let go of what they have moved, which is just after it has arrived."""
+    time.sleep(0.2)
+    return alive()
+
+
 def layers(count: int, width: int, dtype: torch.dtype) -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(count)]).to(dtype)
 
@@ -45,11 +52,11 @@ def held(rank: int, world_size: int, many: bool, low: bool, stage: int) -> tuple
     opt.synchronize()
     size = dtype.itemsize
     state = elements * (12 if low else 8) // world_size
-    between = (alive() - before) / (elements * size + state)
+    between = (settled() - before) / (elements * size + state)
     model(x).sum().backward()
     opt.clip_grad_norm_(1e9)
     grads = elements * size // (world_size if stage == 2 else 1)
-    reduced = (alive() - before) / (elements * size + state + grads)
+    reduced = (settled() - before) / (elements * size + state + grads)
     return between, reduced, sum(value.numel() for p in opt.state for value in [opt.state[p]["grad_avg"]])
 
 
@@ -64,8 +71,9 @@ def test_bytes_alive_are_those_of_the_formula(ranks: Any, many: bool, low: bool,
         assert stepped == 24 * 96 * 96 // 2
 
 
-def under_way(rank: int, world_size: int, many: bool) -> tuple[int, int]:
-    """Bytes alive while parameters come back after a step, and the number of buckets with several groups."""
+def under_way(rank: int, world_size: int, many: bool) -> tuple[int, int, int]:
+    """Bytes alive more while parameters come back after a step than before it and when they are back, and the bytes
+    of buckets with several groups."""
     model = layers(24, 96, torch.float32)
     params = [[p] for p in model.parameters()] if many else model.parameters()
     opt = shard(fastopt.Adam(params), model, bucket_bytes=5 * 96 * 96 * 4)
@@ -74,18 +82,21 @@ def under_way(rank: int, world_size: int, many: bool) -> tuple[int, int]:
         model(x).sum().backward()
         opt.zero_grad(set_to_none=True)
         model(x).sum().backward()
-        before = alive()
+        before = settled()
         opt.step()
-    after = alive() - before
+    during = alive() - before
     opt.synchronize()
-    return after, sum(len(bucket.segments) > 1 for bucket in opt.layout.buckets)
+    several = [bucket for bucket in opt.layout.buckets if len(bucket.segments) > 1]
+    return during, settled() - before, sum(bucket.numel for bucket in several) * 4
 
 
-def test_parameters_of_many_groups_come_back_in_place(ranks: Any) -> None:
-    """A bucket of several groups needs no more memory while it is gathered than a bucket of one."""
+def test_memory_while_parameters_of_many_groups_come_back(ranks: Any) -> None:
+    """Over Gloo a bucket of several groups, and this rank's part of it, is there twice until it is back: see
+    [Note: names in Gloo]. Over NCCL, with tests of its own, it never is."""
     one, many = ranks(2).run(under_way, False)[0], ranks(2).run(under_way, True)[0]
-    assert (one[1], many[1] > 0) == (0, True)
-    assert many[0] == one[0]
+    assert (one[2], many[2] > 0) == (0, True)
+    assert many[1] == one[1] == one[0]
+    assert many[0] == one[0] + many[2] + many[2] // 2
 
 
 def passing(rank: int, world_size: int) -> tuple[int, int]:
