@@ -2,6 +2,7 @@
 
 torch's own functions for objects always make two, one for the lengths and one for the rest. A training loop waits for
 these messages, and most of them are a few bytes: so the first collective has room for them beside the lengths.
+They are pickled, as by torch: they come from processes of the same job and are never written to a file.
 """
 
 from __future__ import annotations
