@@ -111,7 +111,7 @@ class Gathering:
         """Module number `k` is about to run."""
         if module is not self._modules[k]:
             return  # a copy, which has parameters of its own
-        if k == 0 and self._averages and DistributedDataParallel._active_ddp_module is not None:
+        if k == 0 and self._averages and getattr(DistributedDataParallel, "_active_ddp_module", None) is not None:
             raise RuntimeError(
                 "the model is called inside DistributedDataParallel, which averages the gradients that shard(stage=2) "
                 "averages: call the model itself, or use shard(..., stage=1)"
