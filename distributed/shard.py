@@ -65,7 +65,7 @@ def shard(
             the chain needs: `opt.needs` is found by recording where a callback does not declare it.
         cost: what a step on a parameter costs, in any unit: balances the owners of whole parameters. Its number of
             elements by default.
-        bucket_bytes: size of the flat buffers in bytes; by default a 24th of the parameters, between 25 and 128 MiB.
+        bucket_bytes: size of the flat buffers in bytes; by default a 12th of the parameters, between 25 and 256 MiB.
         master_weights: whether parameters in bfloat16 or float16 step on a float32 copy, of which each rank holds its
             slices; by default what `opt` was made with.
         reduce_dtype: stage 2: gradients are exchanged in their own dtype and summed in this one, in the order of the

@@ -105,11 +105,11 @@ def stage_2_groups(s: Setting) -> Iterations:
     return {name: _ours(s, shard(_adam(groups), model, stage=2), model, name)[name]}
 
 
-def stage_2_coarse(s: Setting) -> Iterations:
-    """Half as many buckets as by default, each twice as large."""
-    model, name = s.model(), f"{OURS}, half as many buckets"
-    twice = sum(p.numel() * p.element_size() for p in model.parameters()) // (BUCKETS // 2)
-    opt = shard(_adam(model.parameters()), model, stage=2, bucket_bytes=twice)
+def stage_2_fine(s: Setting) -> Iterations:
+    """Twice as many buckets as by default, each half as large."""
+    model, name = s.model(), f"{OURS}, twice as many buckets"
+    half = sum(p.numel() * p.element_size() for p in model.parameters()) // (2 * BUCKETS)
+    opt = shard(_adam(model.parameters()), model, stage=2, bucket_bytes=half)
     return {name: _ours(s, opt, model, name)[name]}
 
 
@@ -302,7 +302,7 @@ def builders(device: torch.device) -> dict[str, Callable[[Setting], Iterations]]
     found: dict[str, Callable[[Setting], Iterations]] = {
         "stage2": stage_2,
         "groups": stage_2_groups,
-        "coarse": stage_2_coarse,
+        "fine": stage_2_fine,
         "in-backward": stage_2_in_backward,
         **({"copies": stage_2_copies, "copies-in-backward": stage_2_copies_in_backward} if on_gpu else {}),
         "float32-sums": stage_2_float32_sums,
