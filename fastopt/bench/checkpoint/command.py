@@ -6,7 +6,8 @@
 
 The state is that of Adam: float32 masters and two averages, of GPT-2 small 1.49 GB for 148 parameters, on two ranks.
 All competitors take turns within each round; the times are medians over the rounds, of the slower rank. `floor` is
-os.write of the same bytes and fsync, and reading them back. Memory is the growth of the peak resident size during the
+os.write of the same bytes and fsync, and reading them back, in one thread of each rank (`raw load, our threads` has as
+many as our loads take where there are processors for them). Memory is the growth of the peak resident size during the
 operation, in units of one rank's bytes. `fastopt load in place` is the default where states are there already: it
 checks all before it changes any; `checked during` is `check="during"`; `by copies` is that with memory for copies;
 `fastopt load` drops the states that were there and makes new ones.

@@ -6,6 +6,8 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,19 @@ def write_raw(path: Path, tensors: list[Tensor]) -> None:
     os.close(handle)
 
 
-def read_raw(path: Path, tensors: list[Tensor]) -> None:
-    """All bytes, into `tensors`."""
-    with open(path, "rb", buffering=0) as file:
-        for tensor in tensors:
-            view = memoryview(tensor.view(torch.uint8).numpy().data)
-            while view:
-                view = view[file.readinto(view) :]
+def read_raw(path: Path, tensors: list[Tensor], threads: int = 1) -> None:
+    """All bytes, into `tensors`; each thread reads its share of every tensor."""
+    views = [memoryview(tensor.view(torch.uint8).numpy().data) for tensor in tensors]
+    starts = [0, *accumulate(len(view) for view in views)]
+
+    def share(thread: int) -> None:
+        with open(path, "rb", buffering=0) as file:
+            for start, whole in zip(starts, views, strict=False):
+                first, last = (len(whole) * k // threads for k in (thread, thread + 1))
+                view, at = whole[first:last], start + first
+                while view:
+                    n = os.preadv(file.fileno(), [view], at)
+                    view, at = view[n:], at + n
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(share, range(threads)))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ...checkpoint import load, save
+from ...checkpoint.reading import processors
 from .competitors import dcp, dtensors, raw, torch_save
 from .folders import fresh_folder, remove_folder
 from .measuring import measured, read_raw
@@ -23,6 +24,7 @@ def rounds(settings: Settings, rows: dict[str, Any]) -> None:
     mine = sum(t.nbytes for t in held(opt))
     state = dtensors(opt, settings)
     rows["bytes of a rank"] = mine
+    rows["threads of a load"] = threads = processors(settings.ranks)
     times: dict[str, list[float]] = {}
     memory: dict[str, list[int]] = {}
 
@@ -48,6 +50,8 @@ def rounds(settings: Settings, rows: dict[str, Any]) -> None:
             file = place / f"{dist.get_rank()}.bin"
             sizes = [t.numel() for t in held(opt)]
             note("raw load, new memory", measured(lambda: read_raw(file, [torch.empty(n) for n in sizes]), mine))
+            if threads > 1:
+                note("raw load, our threads", measured(lambda: read_raw(file, held(opt), threads)))
 
     for turn in range(settings.rounds + 1):
         for name in ("raw", "torch.save", "DCP", "DCP HF", "fastopt"):
