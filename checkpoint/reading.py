@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from threading import Event
@@ -21,6 +23,7 @@ from .plan import Read, Use, reads
 from .records import Manifest
 from .shards import flat_index
 from .storage import Storage
+from .transfer import PIECE, Blocks, Devices
 
 _AT_ONCE = 8  # requests in flight, of at most 16 MiB each
 _SCRATCH = 1 << 20  # bytes that are read at once to be looked at only
@@ -31,7 +34,7 @@ class Wanted:
     """Boxes wanted of the stored tensor `key`. `buffers` get their data: those given, or new ones on the CPU.
 
     A buffer has the shape of its box. It may be on any device, of any strides and of another dtype, and is then written
-    by way of the CPU.
+    by way of other memory, a few MiB of it.
     """
 
     key: str
@@ -73,44 +76,58 @@ class Reader:
         """Fill the buffers, those that are given or new ones, and check every byte on the way.
 
         Every block is checked when it has just been stored: after an error the buffers hold something, of which
-        nothing is good for use. Raises CheckpointError naming file, bytes and tensor. `coverage` is told what was read.
+        nothing is good for use. What goes to a GPU is ordered as if it had been copied there by the caller, on the
+        stream that is current; all of it is there when this returns. `coverage` is told what was read.
+
+        Raises CheckpointError naming file, bytes and tensor.
         """
         for want in self.wanted:
             if not want.buffers:
                 dtype = DTYPES[self.manifest.tensors[want.key].dtype]
                 want.buffers = [torch.empty(box.shape, dtype=dtype, device="cpu") for box in want.boxes]
-        self._run(self._read)
+        devices = Devices(buffer for want in self.wanted for buffer in want.buffers)
+        self._run(_Filling(self, devices), devices)
         if coverage is not None:
             coverage.add(self.reads)
 
     def verify(self, coverage: Coverage | None = None) -> None:
         """Look at everything that `read` would, and keep nothing; a few MiB of memory. Raises as `read` does."""
-        self._run(self._check)
+        self._run(self._check, Devices(()))
         if coverage is not None:
             coverage.add(self.reads)
 
-    def _run(self, work: Callable[[Read], None]) -> None:
-        """All requests; the first error ends it. What needs nothing but processors is done by as many as there are."""
-        here = [request for request in self.reads if self._in_memory(request)]
-        rest = [request for request in self.reads if request not in here] if len(here) < len(self.reads) else []
+    def _run(self, work: Callable[[Read], None], devices: Devices) -> None:
+        """All requests; the first error ends it. What needs nothing but processors is done by as many as there are.
+
+        When it returns or raises, nothing is being copied to `devices` any more.
+        """
+        here: list[Read] = []
+        rest: list[Read] = []
+        for request in self.reads:
+            (here if self._in_memory(request) else rest).append(request)
         lanes = [here[lane :: self._workers] for lane in range(self._workers)]
         ended = Event()
+        inference = torch.is_inference_mode_enabled()
 
         def one_lane(lane: Sequence[Read]) -> None:
-            for request in lane:
-                if not ended.is_set():
-                    work(request)
+            with torch.inference_mode() if inference else nullcontext():  # a thread has modes of its own
+                for request in lane:
+                    if not ended.is_set():
+                        work(request)
 
-        with ThreadPoolExecutor(_AT_ONCE + self._workers) as pool:
-            try:
-                futures = [pool.submit(one_lane, lane) for lane in (*lanes[1:], *([r] for r in rest)) if lane]
-                one_lane(lanes[0])
-                for done in futures:
-                    done.result()
-            except BaseException:
-                ended.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        try:
+            with ThreadPoolExecutor(_AT_ONCE + self._workers, initializer=devices.enter) as pool:
+                try:
+                    futures = [pool.submit(one_lane, lane) for lane in (*lanes[1:], *([r] for r in rest)) if lane]
+                    one_lane(lanes[0])
+                    for done in futures:
+                        done.result()
+                except BaseException:
+                    ended.set()
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            devices.wait()
 
     def _in_memory(self, request: Read) -> bool:
         return self.storage.in_memory(self.manifest.files[request.file].path, request.start, request.stop)
@@ -129,47 +146,111 @@ class Reader:
                 self.storage.read_into(path, start, [scratch[: request.stop - start]], check)
         check.finish()
 
-    def _read(self, request: Read) -> None:
-        """Straight from the storage to where the bytes belong, where these are places of their own; and verify them."""
-        path = self.manifest.files[request.file].path
+
+@dataclass
+class _Piece:
+    """What lies aside of bytes of a request: in block `number`, complete when `stop` bytes of the request are there.
+
+    parts: bytes `start` to `stop` of the file for a use.
+    """
+
+    stop: int
+    number: int
+    parts: list[tuple[Use, int, int, Tensor]] = field(default_factory=list)
+
+
+class _Filling:
+    """Reads requests into the buffers of `reader`; to be called by several threads at once."""
+
+    def __init__(self, reader: Reader, devices: Devices) -> None:
+        self.reader, self.devices = reader, devices
+        self.block = max((request.stop - request.start for request in reader.reads), default=0)
+        self.spare: list[Blocks] = []
+
+    def __call__(self, request: Read) -> None:
+        """Straight from the storage to where the bytes belong, where that is memory that it can fill; and verify them.
+
+        All else lies aside, in blocks, until it is copied from there, a piece at a time, while the next is being read.
+        """
+        try:
+            blocks = self.spare.pop()
+        except IndexError:
+            blocks = Blocks(self.devices, self.block)
+        views, pieces = self._plan(request, blocks)
+        check = _Check(self.reader, request)
+        seen = 0
+
+        def each(view: memoryview) -> None:
+            nonlocal seen
+            check(view)
+            seen += len(view)
+            while pieces and pieces[0].stop <= seen:
+                self._pass_on(pieces.popleft(), blocks)
+                if pieces:
+                    blocks.free(pieces[0].number)
+
+        if pieces:
+            blocks.free(pieces[0].number)
+        self.reader.storage.read_into(self.reader.manifest.files[request.file].path, request.start, views, each)
+        check.finish()
+        self.spare.append(blocks)
+
+    def _plan(self, request: Read, blocks: Blocks) -> tuple[list[memoryview], deque[_Piece]]:
+        """Where the bytes of a request are to be stored, and what lies aside then."""
         views: list[memoryview] = []
-        later: list[tuple[Use, int, int, Tensor]] = []
+        pieces: deque[_Piece] = deque()
         at = request.start
         twice = any(a.stop > b.at for a, b in pairwise(request.uses))  # bytes that go to two places
         for use in request.uses:
             start, stop = max(at, use.at), min(request.stop, use.stop)
-            direct = None if twice else self._place(use, start, stop)
-            if direct is None:
+            if twice or not self.devices.straight(self._target(use)[1]):
                 continue
-            if start > at:
-                views += self._aside(request, at, start, later)
-            views.append(memory(direct))
-            at = stop
-        if at < request.stop:
-            views += self._aside(request, at, request.stop, later)
-        check = _Check(self, request)
-        self.storage.read_into(path, request.start, views, check)
-        check.finish()
-        for use, start, stop, data in later:
-            self._scatter(use, start, stop, data)
+            place = self._place(use, start, stop)
+            if place is not None:
+                views += self._aside(request, at, start, blocks, pieces)
+                views.append(memory(place))
+                at = stop
+        views += self._aside(request, at, request.stop, blocks, pieces)
+        return views, pieces
 
     def _aside(
-        self, request: Read, start: int, stop: int, later: list[tuple[Use, int, int, Tensor]]
-    ) -> list[memoryview]:
-        """Memory for bytes that have no place of their own; what uses want of them is noted in `later`."""
-        scratch = torch.empty(stop - start, dtype=torch.uint8, device="cpu")
-        for use in request.uses:
-            first, last = max(start, use.at), min(stop, use.stop)
-            if first < last:
-                later.append((use, first, last, scratch[first - start : last - start]))
-        return [memory(scratch)]
+        self, request: Read, start: int, stop: int, blocks: Blocks, pieces: deque[_Piece]
+    ) -> Iterator[memoryview]:
+        """Memory for bytes that cannot go straight to their places; what uses want of them is noted in `pieces`."""
+        while start < stop:
+            low = start - (start - request.start) % PIECE
+            high = min(low + PIECE, request.stop)
+            if not pieces or pieces[-1].stop != high - request.start:
+                pieces.append(_Piece(high - request.start, blocks.first))
+                blocks.first += 1
+            end = min(stop, high)
+            data = blocks.memory(pieces[-1].number)[start - low : end - low]
+            for use in request.uses:
+                first, last = max(start, use.at), min(end, use.stop)
+                if first < last:
+                    pieces[-1].parts.append((use, first, last, data[first - start : last - start]))
+            yield memory(data)
+            start = end
+
+    def _pass_on(self, piece: _Piece, blocks: Blocks) -> None:
+        """Copy what lies in a block to where it belongs."""
+        for use, start, stop, data in piece.parts:
+            place = self._place(use, start, stop)
+            if place is None:
+                self._scatter(use, start, stop, data)
+            else:
+                self.devices.copy(place, data)
+        blocks.copied(piece.number, {self._target(use)[1].device for use, *_ in piece.parts})
+
+    def _target(self, use: Use) -> tuple[Box, Tensor, torch.dtype]:
+        """The wanted box, its buffer, and the dtype in the file."""
+        want, number = self.reader.targets[use.target]
+        return want.boxes[number], want.buffers[number], DTYPES[self.reader.manifest.tensors[want.key].dtype]
 
     def _place(self, use: Use, start: int, stop: int) -> Tensor | None:
         """The bytes of the destination where those from `start` to `stop` go to one place there; else None."""
-        want, number = self.targets[use.target]
-        target, buffer = want.boxes[number], want.buffers[number]
-        plain = buffer.device.type == "cpu" and buffer.is_contiguous() and start < stop
-        if not plain or buffer.dtype is not DTYPES[self.manifest.tensors[want.key].dtype]:
+        target, buffer, dtype = self._target(use)
+        if start >= stop or not buffer.is_contiguous() or buffer.dtype is not dtype:
             return None
         if use.box == target:
             first: int | None = (start - use.at) // use.itemsize
@@ -181,18 +262,19 @@ class Reader:
 
     def _scatter(self, use: Use, start: int, stop: int, data: Tensor) -> None:
         """Copy the bytes `start` to `stop` of the file to the part of the wanted box that they belong to."""
-        want, number = self.targets[use.target]
-        target, buffer = want.boxes[number], want.buffers[number]
+        target, buffer, dtype = self._target(use)
+        data = self.devices.bring(data, buffer.device)
         if data.storage_offset() % use.itemsize:
             data = data.clone()
-        elements = data.view(DTYPES[self.manifest.tensors[want.key].dtype])
+        elements = data.view(dtype)
         at = 0
         for box in use.boxes(start, stop):
             part = elements[at : at + box.numel].view(box.shape)
             at += box.numel
             common = box.intersect(target)
             if common:
-                buffer[common.relative_to(target).slices].copy_(part[common.relative_to(box).slices])
+                place = buffer.detach()[common.relative_to(target).slices]
+                self.devices.copy(place, part[common.relative_to(box).slices])
 
 
 class _Check:

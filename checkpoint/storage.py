@@ -29,7 +29,7 @@ T = TypeVar("T")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"})
 _COMPARED = 16 << 20  # bytes read at once when an object is compared
 _STRETCH = 16 << 20  # bytes written at once
-_IN_CACHE = 1 << 20  # bytes read at once: a processor's second-level cache still has them when they are looked at
+IN_CACHE = 1 << 20  # bytes read at once: a processor's second-level cache still has them when they are looked at
 
 
 class Storage(Protocol):
@@ -58,7 +58,8 @@ class Storage(Protocol):
         """Fill the `targets`, one after the other, with the bytes of the file from `start` on, in one request.
 
         `each` is called with all of these bytes where they now are, in their order and a piece at a time, while a
-        processor's cache still has them.
+        processor's cache still has them. Nothing beyond a multiple of IN_CACHE bytes, counted from `start`, is stored
+        before it has been called with everything up to there: targets on its two sides may be the same memory.
         """
 
     def in_memory(self, path: str, start: int, stop: int) -> bool:
@@ -172,7 +173,7 @@ class LocalStorage:
         """See Storage; straight into the targets, without a copy."""
         with _damage(self.root / path), open(self.root / path, "rb", buffering=0) as file:
             file.seek(start)
-            for views in stretches(targets, _IN_CACHE):
+            for views in stretches(targets, IN_CACHE):
                 left = fill(file.fileno(), views)
                 if left:
                     raise CheckpointError(f"{path} ends at byte {file.tell()}, expected {left} more")
@@ -341,7 +342,7 @@ class RemoteStorage:
         if len(data) != size:
             raise CheckpointError(f"{self.url}/{path} gave {len(data)} of the {size} bytes at {start}")
         at = 0
-        for views in stretches(targets, _IN_CACHE):
+        for views in stretches(targets, IN_CACHE):
             for view in views:
                 view[:] = data[at : at + len(view)]
                 at += len(view)
