@@ -6,6 +6,7 @@ See [Note: copies or in place].
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,10 +25,10 @@ from .values import decode
 # [Note: copies or in place]
 # Nothing live may change before every rank has read and verified all that it needs. What is not there yet, such as the
 # states of a new optimizer, is read once, into the memory that it then keeps. What is there already is either read into
-# copies, which take its place when all ranks are done (once through the file, twice the memory), or verified without
-# being kept and then read again into place (twice through the file, which the second time is in the page cache; no
-# memory). Every target offers both: `fresh` is to be read before the agreement; `again` only to be verified before it,
-# and read after it, or, where the user has chosen so, only read after it.
+# copies beside it, on its device, which take its place when all ranks are done (once through the file, twice the
+# memory), or verified without being kept and then read again into place (twice through the file, which the second time
+# is in the page cache; no memory). Every target offers both: `fresh` is to be read before the agreement; `again` only
+# to be verified before it, and read after it, or, where the user has chosen so, only read after it.
 
 
 class ModelTarget:
@@ -89,10 +90,14 @@ class ModelTarget:
         return listed("one tensor in the model, two in the checkpoint", split)
 
     @property
-    def copied_bytes(self) -> int:
-        """Bytes of copies of what is live, if all of it is read into copies."""
-        local = (self.manifest.tensors[model_key(s)] for s in set(self.source.values()))
-        return sum(entry.shards.sizes.sum() * DTYPES[entry.dtype].itemsize for entry in local)
+    def copied_bytes(self) -> Counter[torch.device]:
+        """Bytes of copies of what is live, on each device, if all of it is read into copies."""
+        copies: Counter[torch.device] = Counter()
+        for source, name in {source: name for name, source in self.source.items()}.items():
+            entry = self.manifest.tensors[model_key(source)]
+            size = int(entry.shards.sizes.sum()) * DTYPES[entry.dtype].itemsize
+            copies[local_part(self.live[name]).device] += size
+        return copies
 
     def plan(self, in_place: bool) -> None:
         """Set `fresh` and `again`."""
@@ -105,7 +110,9 @@ class ModelTarget:
                 self.in_place.add(name)
                 places.setdefault(source, {})[id(live)] = (box, local_part(live))
             elif source not in self.wants:
-                self.wants[source] = Wanted(model_key(source), [box])
+                dtype = DTYPES[self.manifest.tensors[model_key(source)].dtype]
+                copy = torch.empty(box.shape, dtype=dtype, device=local_part(live).device)
+                self.wants[source] = Wanted(model_key(source), [box], [copy])
         self.fresh = list(self.wants.values())
         self.again = [
             Wanted(model_key(source), [box for box, _ in found.values()], [part for _, part in found.values()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,9 +123,13 @@ class OptTarget:
         return wrong
 
     @property
-    def copied_bytes(self) -> int:
-        """Bytes of copies of what is live, if all of it is read into copies."""
-        return sum(place.nbytes for found in self._found for place in found.live or ())
+    def copied_bytes(self) -> Counter[torch.device]:
+        """Bytes of copies of what is live, on each device, if all of it is read into copies."""
+        copies: Counter[torch.device] = Counter()
+        for found in self._found:
+            for place in found.live or ():
+                copies[place.device] += place.nbytes
+        return copies
 
     def plan(self, in_place: bool) -> None:
         """Set `fresh` and `again`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,8 +118,9 @@ def load(
             before either way; and what is new memory, such as the states of an optimizer that has none yet, is read
             once either way.
         staging: most bytes of copies of live tensors that this rank may hold until all ranks have read theirs (default:
-            none on a local file system, else a quarter of the free memory, shared by the ranks of this machine). Beyond
-            it nothing is copied; the files are read twice instead, first to verify them.
+            none on a local file system, else a quarter of the free memory of their device, that of the CPU shared by
+            the ranks of this machine). A copy is on the device of what it is a copy of. Beyond it nothing is copied;
+            the files are read twice instead, first to verify them.
         group: the ranks that load together (default: the default group, or this process alone).
 
     Raises:
@@ -148,8 +150,9 @@ def load(
             damage = next((text for text, _ in told if text is not None), None)
             read_something = damage is None
             if damage is None:
-                work.choose(check, staging, [node for _, node in told].count(platform.node()))
-                damage = next(filter(None, peers.agree("reading the checkpoint", work.read)), None)
+                ranks_here = [node for _, node in told].count(platform.node())
+                read = partial(work.read, check, staging, ranks_here)
+                damage = next(filter(None, peers.agree("reading the checkpoint", read)), None)
             if damage is None:
                 work.commit()
                 spoilt = True
@@ -184,7 +187,7 @@ class _Live:
 
 
 class _Load:
-    """One load of one checkpoint on one rank: `prepare`, `choose`, `read`, `commit`, `finish`.
+    """One load of one checkpoint on one rank: `prepare`, `read`, `commit`, `finish`.
 
     `fresh` reads what needs no live memory, `again` what overwrites it.
     """
@@ -272,14 +275,10 @@ class _Load:
             )
         return None if not stored else stored[self.peers.rank if len(stored) > 1 else 0]
 
-    def choose(self, check: str, staging: int | None, ranks_here: int) -> None:
-        """Decide whether live tensors are copied until all is read, or overwritten where they are.
-
-        ranks_here: how many ranks share this machine's memory and processors.
-        """
-        if staging is None:
-            staging = 0 if isinstance(self.storage, LocalStorage) else _free_memory() // (4 * ranks_here)
-        in_place = check == "during" or sum(target.copied_bytes for target in self._tensors) > staging
+    def _choose(self, check: str, staging: int | None, ranks_here: int) -> None:
+        """Decide whether live tensors are copied until all is read, or overwritten where they are."""
+        copies = sum((target.copied_bytes for target in self._tensors), Counter[torch.device]())
+        in_place = check == "during" or not self._room(copies, staging, ranks_here)
         for target in self._tensors:
             target.plan(in_place)
         fresh = [want for target in self._tensors for want in target.fresh]
@@ -289,8 +288,18 @@ class _Load:
         self.again = Reader(self.storage, self.manifest, again, workers)
         self.verify_first = check == "before"
 
-    def read(self) -> str | None:
-        """Read all that needs no live memory, verify the rest. The text of an error that is the checkpoint's fault."""
+    def _room(self, copies: Counter[torch.device], staging: int | None, ranks_here: int) -> bool:
+        """Whether there may be copies of so many bytes on each device."""
+        if staging is None and not isinstance(self.storage, LocalStorage):
+            return all(size <= free_memory(device, ranks_here) // 4 for device, size in copies.items())
+        return copies.total() <= (staging or 0)
+
+    def read(self, check: str, staging: int | None, ranks_here: int) -> str | None:
+        """Read all that needs no live memory, verify the rest. The text of an error that is the checkpoint's fault.
+
+        ranks_here: how many ranks share this machine's memory and processors.
+        """
+        self._choose(check, staging, ranks_here)
 
         def both() -> None:
             self.fresh.read(self.coverage)
@@ -362,10 +371,13 @@ class _Load:
         return Checkpoint(m.step, self.place, m.created, m.world_size, m.extra, tuple(self.problems), skipped)
 
 
-def _free_memory() -> int:
-    """Bytes of this machine's memory that are free; 0 where nobody says."""
+def free_memory(device: torch.device, ranks_here: int) -> int:
+    """Bytes that are free on `device`, of the CPU's for each of `ranks_here` processes; 0 where nobody says."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")) // ranks_here
     except (OSError, StopIteration, ValueError):
         return 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastopt import Box
-from fastopt.checkpoint import CheckpointError, catalog, load, reading, save, transfer
+from fastopt.checkpoint import CheckpointError, catalog, load, loading, reading, save, transfer
 from fastopt.checkpoint.manifest import from_bytes
 from fastopt.checkpoint.reading import Reader, Wanted
 from fastopt.checkpoint.storage import open_storage
@@ -37,6 +37,7 @@ class Late(Devices):
         self.told = self.done = self.waits = 0
         self.blocks: list[int] = []
         self.lock = threading.Lock()
+        self.entered = {threading.get_ident()}
         self.made.append(self)
 
     def __bool__(self) -> bool:
@@ -45,11 +46,15 @@ class Late(Devices):
     def straight(self, tensor: Tensor) -> bool:
         return not self.real
 
+    def enter(self) -> None:
+        self.entered.add(threading.get_ident())
+
     def memory(self, size: int) -> Tensor:
         self.blocks.append(size)
         return super().memory(size)
 
     def _tell(self, work: Callable[[], Any]) -> None:
+        assert threading.get_ident() in self.entered, "a thread with other streams"
         with self.lock:
             self.queue.append(work)
             self.told += 1
@@ -245,3 +250,25 @@ def test_inference_tensors_are_filled_by_all_threads(tmp_path: Path) -> None:
         wanted = Wanted("model/a", [Box((0, 0), (3000, 4000))], [torch.empty(4000, 3000).t()])
         reader(tmp_path, [wanted], 3).read()
         assert torch.equal(wanted.buffers[0], values)
+
+
+def test_copies_are_on_the_device_of_what_they_are_copies_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are made where that device has four times as much room, whatever the CPU has."""
+    model = nn.Linear(300, 400)
+    save("memory://beside", step=1, model=model)
+    read: list[str] = []
+    verify = Reader.verify
+    monkeypatch.setattr(
+        Reader, "verify", lambda self, *args: (read.extend(w.key for w in self.wanted), verify(self, *args))
+    )
+    asked: list[tuple[torch.device, int]] = []
+    for room, names in ((4, []), (3.99, ["model/bias", "model/weight"])):
+        read.clear()
+        monkeypatch.setattr(
+            loading, "free_memory", lambda *args, room=room: (asked.append(args), int(room * 301 * 400 * 4))[1]
+        )
+        other = nn.Linear(300, 400)
+        load("memory://beside", model=other)
+        assert torch.equal(other.weight, model.weight)
+        assert sorted(read) == names
+    assert set(asked) == {(torch.device("cpu"), 1)}
