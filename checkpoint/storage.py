@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import inspect
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -288,8 +289,11 @@ class RemoteStorage:
         return {name.rsplit("/", 1)[-1]: entry for name, entry in named if name != path.strip("/")}
 
     def create(self, path: str, chunks: Iterable[bytes | memoryview]) -> None:
-        """See Storage; the whole object is in memory once."""
-        self.publish(path, b"".join(chunks))
+        """See Storage; the whole object is in memory once, and of the chunks one at a time."""
+        data = io.BytesIO()
+        for chunk in chunks:
+            data.write(chunk)
+        self.publish(path, data.getvalue())
 
     def publish(self, path: str, data: bytes) -> None:
         """See Storage; where a filesystem knows no exclusive put, it is a look and a put.

@@ -1,4 +1,4 @@
-"""The way of bytes to tensors on GPUs: through a few blocks of pinned memory, each of which is used again and again.
+"""The way of bytes between files and tensors on GPUs: through a few MiB of pinned memory, used again and again.
 
 See [Note: on the way to a GPU].
 """
@@ -23,6 +23,8 @@ from .storage import IN_CACHE
 # nobody. At the end, be it an error, the streams are waited for, so that no copy is on its way any more.
 # What is more than a copy (to another dtype, to other strides, of a part only) goes to the GPU as it is and the rest is
 # done there, on the same stream: a copy that has to rearrange on the CPU would not be from pinned memory.
+# The way back, of a save that is not staged, is alike. But whoever gets a chunk may keep it for a while, so the memory
+# of one is PyTorch's to give to a later one, when nobody has it any more.
 
 PIECE = 2 * IN_CACHE  # bytes of a block
 _IN_TURN = 2
@@ -58,12 +60,12 @@ class Devices:
                 return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
             except RuntimeError as error:
                 self._pin = False
-                warnings.warn(f"loading goes on without pinned memory, more slowly: {error}", stacklevel=2)
+                warnings.warn(f"a checkpoint is copied without pinned memory, more slowly: {error}", stacklevel=2)
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy, in the course of the stream where `target` is on a GPU."""
-        target.copy_(source, non_blocking=target.device in self._streams)
+        """Copy, in the course of the stream where one of the two is on a GPU."""
+        target.copy_(source, non_blocking=bool({target.device, source.device} & self._streams.keys()))
 
     def bring(self, source: Tensor, device: torch.device) -> Tensor:
         """`source` on `device`: itself where it is there, else a copy as by `copy`."""

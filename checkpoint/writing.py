@@ -18,6 +18,7 @@ from .plan import Written, pack
 from .records import DataFile, Manifest
 from .shards import Shard
 from .storage import Storage
+from .transfer import Devices
 
 # [Note: unchanged files]
 # What is not trained does not change between two checkpoints, and is the larger part of many jobs. Tensors of frozen
@@ -56,8 +57,11 @@ class Writer:
     def write(self, items: Sequence[Item], base: Manifest | None = None) -> list[FileRecord]:
         """Write `items`: the model's apart from all others, and those of frozen parameters apart from the rest.
 
+        What the caller has queued on the current streams of the GPUs that they are on is waited for.
+
         base: an earlier checkpoint whose files may be used again.
         """
+        Devices(item.data for item in items).wait()
         jobs: list[tuple[str, list[Item]]] = []
         if base is not None and (base.block != self.block or base.step >= self.origin.step):
             base = None

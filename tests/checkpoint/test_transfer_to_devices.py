@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastopt import Box
-from fastopt.checkpoint import CheckpointError, catalog, load, loading, reading, save, transfer
+from fastopt.checkpoint import CheckpointError, catalog, datafile, load, loading, reading, save, transfer, writing
+from fastopt.checkpoint.datafile import Body, Item
 from fastopt.checkpoint.manifest import from_bytes
 from fastopt.checkpoint.reading import Reader, Wanted
 from fastopt.checkpoint.storage import open_storage
@@ -178,6 +179,34 @@ def test_no_copy_is_on_its_way_after_an_error(
     assert not device.queue
 
 
+def test_chunks_that_are_saved_have_arrived(
+    late: list[Late], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stored: tuple[Path, dict[str, Tensor]]
+) -> None:
+    """The next is on its way when one is handed out, and a chunk that is kept keeps its bytes."""
+    monkeypatch.setattr(datafile, "Devices", Late)
+    item = Item("model/a", "F32", (ROWS, COLUMNS), WHOLE, stored[1]["a"])
+    ahead: list[int] = []
+    kept = []
+    for chunk in Body([item], 1 << 20).chunks():
+        ahead.append(late[-1].told - late[-1].done)
+        kept.append(chunk)
+    assert b"".join(kept) == stored[1]["a"].numpy().tobytes()
+    assert len(late[-1].blocks) == -(-item.nbytes // (4 << 20))
+    assert ahead[0] == 1
+
+
+def test_what_the_caller_has_queued_is_saved(late: list[Late], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The threads that write have other streams, so the caller's are waited for before these begin."""
+    monkeypatch.setattr(writing, "Devices", Late)
+    live = torch.zeros(4)
+    monkeypatch.setattr(Late, "wait", lambda self: live.fill_(7) if self.real else None)
+    save({"a": live}, tmp_path)
+    wanted = Wanted("model/a", [Box((0,), (4,))])
+    monkeypatch.setattr(reading, "Devices", Devices)
+    reader(tmp_path, [wanted]).read()
+    assert wanted.buffers[0].tolist() == [7] * 4
+
+
 def test_a_small_load_takes_little_memory(late: list[Late], tmp_path: Path) -> None:
     save(tmp_path, step=0, model=nn.Linear(3, 2))
     load(tmp_path, model=nn.Linear(3, 2), rng=False, check="during")
@@ -237,7 +266,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer.torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     devices = Devices([on_gpu(0)])
-    with pytest.warns(UserWarning, match="without pinned memory, more slowly: CUDA error: out of memory"):
+    with pytest.warns(UserWarning, match="copied without pinned memory, more slowly: CUDA error: out of memory"):
         assert devices.memory(100).numel() == 100
     assert devices.memory(7).numel() == 7
     assert asked == [True, False, False]

@@ -17,35 +17,66 @@ from .state import held, job
 
 
 def live(settings: Settings, rows: dict[str, Any]) -> None:
-    """Warm loads in place, beside the least that this takes: reading the bytes, and on a GPU copying them there."""
+    """Warm loads in place, beside the least that this takes: reading the bytes, and on a GPU copying them there.
+
+    `seconds` are medians, `first` is the turn that the medians leave out: it finds cold memory, and on a GPU pins some.
+    """
     opt = job(settings)
     tensors = held(opt)
-    on_host = [t.to("cpu").pin_memory() for t in tensors] if settings.device == "cuda" else tensors
+    on_gpu = settings.device == "cuda"
+    on_host = [t.to("cpu").pin_memory() for t in tensors] if on_gpu else tensors
     place = fresh_folder(settings)
     file = Path(place) / f"{dist.get_rank()}.bin"
     write_raw(file, on_host)
     save(place / "ours", step=1, opt=opt)
 
-    def raw() -> None:
+    def read() -> None:
         read_raw(file, on_host)
-        if settings.device == "cuda":
-            for tensor, host in zip(tensors, on_host, strict=True):
-                tensor.copy_(host, non_blocking=True)
-            torch.cuda.synchronize()
+
+    def copy() -> None:
+        for tensor, host in zip(tensors, on_host, strict=True):
+            tensor.copy_(host, non_blocking=True)
+        torch.cuda.synchronize()
+
+    def both() -> None:
+        read()
+        if on_gpu:
+            copy()
 
     runs = {
-        "raw": raw,
+        **({"raw read": read, "copy from pinned memory": copy} if on_gpu else {}),
+        "raw": both,
         "fastopt in place": lambda: load(place / "ours", opt=opt, staging=0),
         "fastopt, checked during": lambda: load(place / "ours", opt=opt, check="during"),
+        "fastopt, by copies": lambda: load(place / "ours", opt=opt, staging=1 << 60),
     }
     times: dict[str, list[float]] = {}
-    for turn in range(settings.rounds + 1):
+    grown: dict[str, int] = {}
+    pinned: dict[str, int] = {}
+    for _ in range(settings.rounds + 1):
         for name, run in runs.items():
-            seconds = measured(run)[0]
-            if turn:  # the first round finds cold memory
-                times.setdefault(name, []).append(seconds)
+            before = pinned_bytes()
+            seconds, growth = measured(run)
+            times.setdefault(name, []).append(seconds)
+            grown[name] = max(growth, grown.get(name, 0))
+            pinned[name] = pinned.get(name, 0) + pinned_bytes() - before
     remove_folder(place)
-    medians = {name: statistics.median(each) for name, each in times.items()}
+    medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     rows["live"] = {
-        name: {"seconds": seconds, "of floor": medians["raw"] / seconds} for name, seconds in medians.items()
+        name: {
+            "seconds": seconds,
+            "first": times[name][0],
+            "of floor": medians["raw"] / seconds,
+            "memory": grown[name],
+            "pinned": pinned[name],
+        }
+        for name, seconds in medians.items()
     } | {"bytes of a rank": sum(t.nbytes for t in tensors)}
+
+
+def pinned_bytes() -> int:
+    """Bytes of pinned memory that PyTorch holds for this process, used or not."""
+    if not torch.cuda.is_available():
+        return 0
+    stats = torch.cuda.host_memory_stats()  # before torch 2.12 "allocated" were those in use only
+    return int(stats.get("reserved_bytes.current", stats.get("allocated_bytes.current", 0)))
