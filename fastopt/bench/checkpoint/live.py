@@ -78,5 +78,5 @@ def pinned_bytes() -> int:
     """Bytes of pinned memory that PyTorch holds for this process, used or not."""
     if not torch.cuda.is_available():
         return 0
-    stats = torch.cuda.host_memory_stats()  # before torch 2.12 "allocated" were those in use only
-    return int(stats.get("reserved_bytes.current", stats.get("allocated_bytes.current", 0)))
+    stats = torch.cuda.host_memory_stats()  # of the two names the older releases have the first for what is held
+    return max(int(stats.get(f"{name}_bytes.current", 0)) for name in ("reserved", "allocated"))
