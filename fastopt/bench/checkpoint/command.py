@@ -14,7 +14,7 @@ checks all before it changes any; `checked during` is `check="during"`; `by copi
 Run it on a machine that does nothing else: two busy cores make the times of everything meaningless.
 `--only stall` measures nothing but how long an asynchronous save holds the loop, `--only live` loads in place beside
 reading the bytes and, with `--device cuda`, copying them there from pinned memory, apart and one after the other
-(`raw`, the floor). Its `memory` are bytes by which the resident size grew, at most, and `pinned` those it pinned.
+(`raw`, the floor). `pinned` are the bytes of memory that all turns together pinned.
 
 From a checkout without an installation: `python scripts/bench_checkpoint.py`.
 """

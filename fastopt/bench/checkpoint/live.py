@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...checkpoint import load, save
+from ...checkpoint.reading import processors
 from .folders import fresh_folder, remove_folder
 from .measuring import measured, read_raw, write_raw
 from .settings import Settings
@@ -30,8 +32,10 @@ def live(settings: Settings, rows: dict[str, Any]) -> None:
     write_raw(file, on_host)
     save(place / "ours", step=1, opt=opt)
 
-    def read() -> None:
-        read_raw(file, on_host)
+    threads = processors(settings.ranks)
+
+    def read(threads: int = 1) -> None:
+        read_raw(file, on_host, threads)
 
     def copy() -> None:
         for tensor, host in zip(tensors, on_host, strict=True):
@@ -43,9 +47,12 @@ def live(settings: Settings, rows: dict[str, Any]) -> None:
         if on_gpu:
             copy()
 
-    runs = {
-        **({"raw read": read, "copy from pinned memory": copy} if on_gpu else {}),
-        "raw": both,
+    runs: dict[str, Callable[[], Any]] = {"raw": both}
+    if on_gpu:
+        runs |= {"raw read": read, "copy from pinned memory": copy}
+    if threads > 1:
+        runs["raw read, our threads"] = lambda: read(threads)
+    runs |= {
         "fastopt in place": lambda: load(place / "ours", opt=opt, staging=0),
         "fastopt, checked during": lambda: load(place / "ours", opt=opt, check="during"),
         "fastopt, by copies": lambda: load(place / "ours", opt=opt, staging=1 << 60),
@@ -61,17 +68,18 @@ def live(settings: Settings, rows: dict[str, Any]) -> None:
             grown[name] = max(growth, grown.get(name, 0))
             pinned[name] = pinned.get(name, 0) + pinned_bytes() - before
     remove_folder(place)
+    total = sum(t.nbytes for t in tensors)
     medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     rows["live"] = {
         name: {
             "seconds": seconds,
             "first": times[name][0],
             "of floor": medians["raw"] / seconds,
-            "memory": grown[name],
+            "memory": grown[name] / total,
             "pinned": pinned[name],
         }
         for name, seconds in medians.items()
-    } | {"bytes of a rank": sum(t.nbytes for t in tensors)}
+    } | {"bytes of a rank": total, "threads of a load": threads}
 
 
 def pinned_bytes() -> int:
