@@ -14,6 +14,7 @@ from torch import nn
 
 from fastopt import Adam
 from fastopt.checkpoint import Checkpointer, CheckpointError, load, reading, save, storage
+from fastopt.checkpoint.into_opt import OptTarget
 from fastopt.checkpoint.storage import LocalStorage
 from fastopt.distributed import shard
 
@@ -276,3 +277,28 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         load(tmp_path, check="after")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="check='during' overwrites live tensors"):
         load(tmp_path, check="during", strict=False)
+
+
+def loads_without_memory(rank: int, world: int, root: str) -> str:
+    """Load where rank 1 has no memory for new states; the error."""
+    model, opt = job(1)
+    save(root, step=1, model=model, opt=opt)
+    other = nn.Linear(400, 500)
+    plan = OptTarget.plan
+
+    def no_memory(self: OptTarget, in_place: bool) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if rank == 1:
+        OptTarget.plan = no_memory  # type: ignore[method-assign]
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            load(root, model=other, opt=shard(Adam(other.named_parameters()), other))
+    finally:
+        OptTarget.plan = plan  # type: ignore[method-assign]
+    return str(caught.value)
+
+
+def test_a_rank_without_memory_for_new_states_tells_the_others(ranks: Ranks, tmp_path: Path) -> None:
+    for text in ranks(2).run(loads_without_memory, str(tmp_path), timeout=20):
+        assert text == "rank 1: OutOfMemoryError while reading the checkpoint: CUDA out of memory"
