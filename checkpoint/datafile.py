@@ -149,7 +149,7 @@ def _views(data: Tensor) -> Iterator[memoryview]:
     if devices.straight(data) or not data.is_contiguous():
         yield byte_view(data)
         return
-    flat = data.detach().reshape(-1)
+    flat = data.detach().resolve_conj().resolve_neg().reshape(-1)
     coming: deque[tuple[Tensor, list[Any]]] = deque()
     step = max(1, _COPY_BYTES // data.element_size())
     for start in range(0, flat.numel(), step):

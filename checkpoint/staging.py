@@ -45,7 +45,7 @@ class Staging:
         buffer = self._room(sum(_padded(item) for item in items))
         copies, at = [], 0
         for item in items:
-            source = item.data.detach()
+            source = item.data.detach().resolve_conj().resolve_neg()  # the CPU would do so before the copy has ended
             target = buffer[at : at + item.nbytes].view(source.dtype).view(source.shape)
             target.copy_(source, non_blocking=True)
             copies.append(replace(item, data=target))

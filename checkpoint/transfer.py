@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ class Devices:
         return torch.empty(size, dtype=torch.uint8, device="cpu")
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        """Copy, in the course of the stream where one of the two is on a GPU."""
+        """Copy, in the course of the stream where one of the two is on a GPU. No views that conjugate or negate."""
         target.copy_(source, non_blocking=bool({target.device, source.device} & self._streams.keys()))
 
     def bring(self, source: Tensor, device: torch.device) -> Tensor:
@@ -77,9 +78,10 @@ class Devices:
         return [stream.record_event(torch.cuda.Event(blocking=True)) for stream in streams]  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Until all that has been queued has ended."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        """Until all that has been queued has ended, on all of them even where one of them has failed."""
+        with ExitStack() as each:
+            for stream in self._streams.values():
+                each.callback(stream.synchronize)
 
 
 class Blocks:
