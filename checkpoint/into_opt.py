@@ -193,7 +193,9 @@ class OptTarget:
         param, shape = self.params[found.number], self.manifest.tensors[found.stored].shape
         if self._goes_along(param, shape):
             return sharded_tensor.like(param, found.buffers[0])
-        if found.boxes == [Box.whole(shape)]:
+        # a sharded optimizer takes a copy of its part of a whole tensor, but keeps the memory of pieces
+        in_pieces = hasattr(self.opt, "held_elsewhere") and shape == tuple(param.shape) != ()
+        if found.boxes == [Box.whole(shape)] and not in_pieces:
             return found.buffers[0]
         name = self.own_names.get(id(param), self._flat[found.number])
         pieces = (Piece(name, shape, box, data) for box, data in zip(found.boxes, found.buffers, strict=True))

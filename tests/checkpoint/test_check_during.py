@@ -302,3 +302,26 @@ def loads_without_memory(rank: int, world: int, root: str) -> str:
 def test_a_rank_without_memory_for_new_states_tells_the_others(ranks: Ranks, tmp_path: Path) -> None:
     for text in ranks(2).run(loads_without_memory, str(tmp_path), timeout=20):
         assert text == "rank 1: OutOfMemoryError while reading the checkpoint: CUDA out of memory"
+
+
+def memory_of_new_states(rank: int, world: int, root: str) -> tuple[set[int], set[int]]:
+    """Where new states are read to, and where they are after the load."""
+    save(root, step=1, **dict(zip(("model", "opt"), job(1), strict=True)))
+    model = nn.Linear(400, 500)
+    opt = shard(Adam(model.named_parameters()), model)
+    targets: list[OptTarget] = []
+    plan = OptTarget.plan
+    OptTarget.plan = lambda self, in_place: (targets.append(self), plan(self, in_place))[1]  # type: ignore[method-assign]
+    try:
+        load(root, model=model, opt=opt)
+    finally:
+        OptTarget.plan = plan  # type: ignore[method-assign]
+    read = {buffer.data_ptr() for want in targets[0].fresh for buffer in want.buffers}
+    return read, {opt.state[p][key].data_ptr() for p in model.parameters() for key in ("grad_avg", "sqr_avg")}
+
+
+def test_new_states_are_read_into_the_memory_that_they_keep(ranks: Ranks, tmp_path: Path) -> None:
+    """Also where one rank holds all of them: nothing lies in memory twice."""
+    ((read, kept),) = ranks(1).run(memory_of_new_states, str(tmp_path))
+    assert len(kept) == 4
+    assert kept == read
