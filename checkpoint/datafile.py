@@ -17,10 +17,10 @@ import xxhash
 from torch import Tensor
 
 from ..pieces import Box, Shape
+from .devices import Devices
 from .dtypes import byte_view, memory
 from .errors import CheckpointError
 from .records import file_key
-from .transfer import Devices
 
 ALIGN = 4096
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no more

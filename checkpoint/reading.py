@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..pieces import Box
 from .coverage import Coverage
+from .devices import PIECE, Blocks, Devices
 from .dtypes import DTYPES, memory
 from .errors import CheckpointError
 from .plan import Read, Use, reads
 from .records import Manifest
 from .shards import flat_index
 from .storage import Storage
-from .transfer import PIECE, Blocks, Devices
 
 _AT_ONCE = 8  # requests in flight, of at most 16 MiB each
 _SCRATCH = 1 << 20  # bytes that are read at once to be looked at only

@@ -14,11 +14,11 @@ from itertools import chain
 import xxhash
 
 from .datafile import Body, Item, Origin, header
+from .devices import Devices
 from .plan import Written, pack
 from .records import DataFile, Manifest
 from .shards import Shard
 from .storage import Storage
-from .transfer import Devices
 
 # [Note: unchanged files]
 # What is not trained does not change between two checkpoints, and is the larger part of many jobs. Tensors of frozen

@@ -15,14 +15,14 @@ from fastopt import Box
 from fastopt.bench.checkpoint.live import pinned_bytes
 from fastopt.checkpoint import Checkpointer, CheckpointError, load, save
 from fastopt.checkpoint.datafile import Item
+from fastopt.checkpoint.devices import PIECE, Devices
 from fastopt.checkpoint.dtypes import DTYPES
 from fastopt.checkpoint.reading import Wanted
 from fastopt.checkpoint.staging import Staging
-from fastopt.checkpoint.transfer import PIECE, Devices
 
 from ..checkpoint.jobs import bits, data_files, element_values, states_by_name
+from ..checkpoint.test_devices import COLUMNS, ROWS, WHOLE, reader
 from ..checkpoint.test_every_optimizer import KINDS, Odd, train
-from ..checkpoint.test_transfer_to_devices import COLUMNS, ROWS, WHOLE, reader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

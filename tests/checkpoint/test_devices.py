@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastopt import Box
-from fastopt.checkpoint import CheckpointError, catalog, datafile, load, loading, reading, save, transfer, writing
+from fastopt.checkpoint import CheckpointError, catalog, datafile, load, loading, reading, save, writing
 from fastopt.checkpoint.datafile import Body, Item
+from fastopt.checkpoint.devices import PIECE, Devices
 from fastopt.checkpoint.manifest import from_bytes
 from fastopt.checkpoint.reading import Reader, Wanted
 from fastopt.checkpoint.storage import open_storage
-from fastopt.checkpoint.transfer import PIECE, Devices
 
 from .jobs import data_files, element_values
 
@@ -278,7 +278,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("CUDA error: out of memory")
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(transfer.torch, "empty", empty)
+    monkeypatch.setattr(torch, "empty", empty)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     devices = Devices([on_gpu(0)])
     with pytest.warns(UserWarning, match="copied without pinned memory, more slowly: CUDA error: out of memory"):
