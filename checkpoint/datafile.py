@@ -25,6 +25,7 @@ from .records import file_key
 ALIGN = 4096
 _LARGEST_HEADER = 100_000_000  # bytes; the safetensors library reads no more
 _COPY_BYTES = 4 << 20
+_LEAST_COPY = 1 << 20  # a smaller one is not worth memory that is pinned
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Body:
 def _views(data: Tensor) -> Iterator[memoryview]:
     """The bytes of `data` in row-major order; those on an accelerator 4 MiB at a time, the next being on its way."""
     devices = Devices([data])
-    if devices.straight(data) or not data.is_contiguous():
+    if devices.straight(data) or not data.is_contiguous() or data.nbytes < _LEAST_COPY:
         yield byte_view(data)
         return
     flat = data.detach().resolve_conj().resolve_neg().reshape(-1)
@@ -154,7 +155,7 @@ def _views(data: Tensor) -> Iterator[memoryview]:
     step = max(1, _COPY_BYTES // data.element_size())
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step]
-        copy = devices.memory(part.nbytes)
+        copy = devices.memory(max(_LEAST_COPY, part.nbytes))[: part.nbytes]
         devices.copy(copy.view(part.dtype), part)
         coming.append((copy, devices.mark([part.device])))
         if len(coming) > 1:
