@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import marshal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -117,26 +117,25 @@ class Agreement:
         place: Place,
         waiting: bool,
         problem: str | None,
-        has: list[bool] | None = None,
+        more: Sequence[int] = (),
         cleared: bool = False,
-    ) -> tuple[bool, bool, bool, list[bool]]:
+    ) -> tuple[bool, bool, bool, list[int]]:
         """Exchange a message of its own, after which the ranks agree on what is active.
 
         Args:
             place: where this rank is.
             waiting: whether it has gradients to reduce.
             problem: why its gradients cannot be used.
-            has: which gradients it has, or nothing.
+            more: numbers from 0 to 255 to be told beside, as many on all ranks.
             cleared: whether it has forgotten gradients since its last round.
 
         Returns:
-            Whether any rank is in a backward pass, is `waiting`, has `cleared`, and which gradients any has.
+            Whether any rank is in a backward pass, is `waiting`, has `cleared`, and the largest of `more`.
 
         Raises:
             RanksDiffer: on all ranks. Hypers may differ while a rank is in a backward pass.
             RuntimeError: there is a problem, and one rank only.
         """
-        has = has or []
         active = self.stepping()
         problem = self.misuse() or problem
         facts = (problem, self.steps, sorted(active), self._undecayed())
@@ -144,7 +143,7 @@ class Agreement:
         hypers = (self._hypers(), self._unchecked)
         changed = self._told is not None and self._hypers_digest() != self._told
         late = LATE if changed or self._unchecked is not None else self.late
-        told = [*at, waiting, cleared, late, *has, *both_ways(hypers)]
+        told = [*at, waiting, cleared, late, *more, *both_ways(hypers)]
         heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
         n = len(PLACES)
         in_round, *elsewhere, any_waiting, any_cleared = map(bool, heard[: n + 2])
@@ -157,7 +156,7 @@ class Agreement:
         self.active = active
         if alike:
             self._unchecked, self._told = None, self._hypers_digest()
-        return in_round, any_waiting, any_cleared, [bool(each) for each in heard[n + 3 : n + 3 + len(has)]]
+        return in_round, any_waiting, any_cleared, heard[n + 3 : n + 3 + len(more)]
 
     def disagree(self, place: Place, problem: str | None) -> NoReturn:
         """Raise what differs. Collective: all ranks have seen that something does."""

@@ -69,6 +69,7 @@ class ShardedOptimizer(RunsParts):
         stage: Literal[1, 2],
         reduce_dtype: torch.dtype | None = None,
         step_in_backward: bool = False,
+        check_gradients: bool = True,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
@@ -86,7 +87,7 @@ class ShardedOptimizer(RunsParts):
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
-            LocalGradients(ranks, self._buffers, self._agreement)
+            LocalGradients(ranks, self._buffers, self._agreement, check_gradients)
             if stage == 1
             else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype, self._lane)
         )
@@ -118,7 +119,8 @@ class ShardedOptimizer(RunsParts):
             What `closure` returned, None without one.
 
         Raises:
-            RanksDiffer: on all ranks, before anything moves, if hyper-parameters or freezing differ between ranks.
+            RanksDiffer: on all ranks, before anything moves, if hyper-parameters or freezing differ between ranks, or
+                in stage 1 gradients that nobody has averaged.
         """
         loss = None
         if closure is not None:
