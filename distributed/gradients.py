@@ -32,6 +32,10 @@ class Gradients(Protocol):
     def taken(self) -> bool:
         """Whether there are gradients that are not in `p.grad` any more."""
 
+    @property
+    def lacking(self) -> Set[int]:
+        """The active parameters that have had a gradient on other ranks only, as of the last `settle`."""
+
     def settle(self, place: Place) -> list[int]:
         """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
 
@@ -70,6 +74,7 @@ class LocalGradients:
         self._ranks, self._buffers, self._agreement = ranks, buffers, agreement
         self._checks = checks and not ranks.alone
         self._compared: Set[int] = frozenset()
+        self.lacking: Set[int] = frozenset()
 
     def settle(self, place: Place) -> list[int]:
         """The parameters that have a `p.grad` on any rank.
@@ -88,7 +93,9 @@ class LocalGradients:
             by_rank = self._ranks.gather_everywhere(sketches)
             check_alike(by_rank, [spec.name for spec in self._buffers.layout.params])
         self._compared |= comparable(by_rank)
-        return [i for i, there in enumerate(told[:-BOTH_WAYS]) if there]
+        anywhere = [i for i, there in enumerate(told[:-BOTH_WAYS]) if there]
+        self.lacking = frozenset() if len(anywhere) == sum(has) else frozenset(i for i in anywhere if not has[i])
+        return anywhere
 
     def _sketches(self, active: Set[int]) -> dict[int, Sketch]:
         """Of the gradients that are still to be compared: those of a first step, and of what was frozen before."""

@@ -11,17 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..parts import is_spread, part_of
-from .averaged import sketch
-from .checksums import checksums
-from .consistency import Report, compare, digest
+from .diverged import DIVERGED, refuse_diverged, state_numbers
 from .gathering import synchronize_model
 from .members import model_names
 from .sharded import ShardedOptimizer
-
-ADVICE = (
-    "these replicas have diverged: go on from a checkpoint, or take over rank 0's values "
-    "(torch.distributed.broadcast(p.detach(), 0) of each parameter)"
-)
 
 _MEMBERS = ("params", "param_names")
 
@@ -72,13 +65,7 @@ def check_replicas(
     if opt is not None:
         settings.update(_settings(opt, names))
         tensors.update(_states(opt, names, members))
-    told = {**settings, **checksums(tensors)}
-    if len(set(gather(digest(sorted(told.items()))))) == 1:
-        return
-    first, *others = gather(told)
-    differ = {what for other in others for what in first | other if first.get(what) != other.get(what)}
-    shown: Report = {what: _shown(tensors[what]) if what in tensors else told[what] for what in told if what in differ}
-    compare(gather(shown), members, ADVICE)
+    refuse_diverged(gather, settings, tensors, DIVERGED, members)
 
 
 def _unwrapped(opt: Any) -> Any:
@@ -122,10 +109,7 @@ def _settings(opt: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str,
         told.update({f"{key!r} of group {i}": _plain(group[key]) for key in sorted(group) if key not in _MEMBERS})
     if isinstance(opt, ShardedOptimizer) and opt.layout.kind == "whole":
         return told  # others have other states
-    for p, entry in opt.state.items():
-        numbers = {key: value for key, value in entry.items() if isinstance(value, int | float)}
-        told.update({f"{key!r} of {names.get(id(p), '?')!r}": repr(value) for key, value in numbers.items()})
-    return told
+    return told | state_numbers(opt.state, names)
 
 
 def _plain(value: Any) -> str:
@@ -142,9 +126,3 @@ def _states(
         for key, value in entry.items():
             if isinstance(value, Tensor) and id(p) in names and _is_copied(p, members):
                 yield f"state {key!r} of {names[id(p)]!r}", part_of(value).detach()
-
-
-def _shown(x: Tensor) -> str:
-    """Some numbers of a tensor, and its checksum."""
-    numbers = f"{sketch({0: x})[0]}, " if x.is_floating_point() and x.element_size() > 1 else ""
-    return f"{numbers}checksum {checksums({'': x})['']}"
