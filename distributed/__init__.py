@@ -4,6 +4,7 @@ from .collectives import Ranks
 from .consistency import RanksDiffer
 from .layout import Layout
 from .places import Bucket, Entry, ParamSpec, Region
+from .replicas import check_replicas
 from .shard import shard
 from .sharded import ShardedOptimizer
 from .watch import RanksMissing
@@ -18,5 +19,6 @@ __all__ = [
     "RanksMissing",
     "Region",
     "ShardedOptimizer",
+    "check_replicas",
     "shard",
 ]

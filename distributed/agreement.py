@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import marshal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..base import _BaseOptimizer
@@ -29,6 +30,9 @@ class Agreement:
 
     Attributes:
         steps: how many steps have been made.
+        loaded: whether parameters or states have been loaded on this rank, or cleared, and no other has been told yet.
+        unsure: whether any rank has told so: parameters and states may differ.
+        found: what is wrong on this rank, found too late for the last step.
         active: the parameters that step if they have a gradient, as the ranks have last agreed.
         late: in how many more steps a message compares what they use; the same on all ranks.
     """
@@ -40,6 +44,8 @@ class Agreement:
         self._counts = False
         self._spared: tuple[Any, list[int]] | None = None
         self.steps = 0
+        self.loaded = self.unsure = False
+        self.found: str | None = None
         self.active = self.stepping()
         self.late = 0
         self._told: bytes | None = None
@@ -89,8 +95,9 @@ class Agreement:
         self._told = self._hypers_digest()
         active = self.stepping() if changed else self.active
         problem = problem or self.misuse()
-        activity, late = digest((self.steps, sorted(active))), self._unchecked is not None
-        return encode(place, changed, problem is not None, activity, self._told, late)
+        activity = digest((self._who, self.steps, sorted(active)))
+        loaded, self.loaded = self.loaded, False
+        return encode(place, changed, problem is not None, activity, self._told, self._unchecked is not None, loaded)
 
     def accept(self, verdict: Verdict) -> None:
         """Note that the headers of all ranks were alike."""
@@ -98,6 +105,11 @@ class Agreement:
             self._unchecked = None
         if verdict.late:
             self.late = LATE
+
+    def noted(self, verdict: Verdict) -> Verdict:
+        """Note what any rank has loaded."""
+        self.unsure |= verdict.loaded
+        return verdict
 
     def stepped(self) -> None:
         """Note a step. Hypers that have changed since they were told are told once more, in the next round."""
@@ -117,38 +129,38 @@ class Agreement:
         place: Place,
         waiting: bool,
         problem: str | None,
-        has: list[bool] | None = None,
+        more: Sequence[int] = (),
         cleared: bool = False,
-    ) -> tuple[bool, bool, bool, list[bool]]:
+    ) -> tuple[bool, bool, bool, list[int]]:
         """Exchange a message of its own, after which the ranks agree on what is active.
 
         Args:
             place: where this rank is.
             waiting: whether it has gradients to reduce.
             problem: why its gradients cannot be used.
-            has: which gradients it has, or nothing.
+            more: numbers from 0 to 255 to be told beside, as many on all ranks.
             cleared: whether it has forgotten gradients since its last round.
 
         Returns:
-            Whether any rank is in a backward pass, is `waiting`, has `cleared`, and which gradients any has.
+            Whether any rank is in a backward pass, is `waiting`, has `cleared`, and the largest of `more`.
 
         Raises:
             RanksDiffer: on all ranks. Hypers may differ while a rank is in a backward pass.
             RuntimeError: there is a problem, and one rank only.
         """
-        has = has or []
         active = self.stepping()
         problem = self.misuse() or problem
-        facts = (problem, self.steps, sorted(active), self._undecayed())
+        facts = (problem, self._who, self.steps, sorted(active), self._undecayed())
         at = [place == each for each in PLACES]
         hypers = (self._hypers(), self._unchecked)
         changed = self._told is not None and self._hypers_digest() != self._told
         late = LATE if changed or self._unchecked is not None else self.late
-        told = [*at, waiting, cleared, late, *has, *both_ways(hypers)]
+        told = [*at, waiting, cleared, self.loaded, late, *more, *both_ways(hypers)]
         heard = agree(self._ranks, facts, told, lambda: self.report(place, problem))
         n = len(PLACES)
-        in_round, *elsewhere, any_waiting, any_cleared = map(bool, heard[: n + 2])
-        self.late = heard[n + 2]
+        in_round, *elsewhere, any_waiting, any_cleared, any_loaded = map(bool, heard[: n + 3])
+        self.unsure, self.loaded = self.unsure or any_loaded, False
+        self.late = heard[n + 3]
         alike = equal_everywhere(heard[-BOTH_WAYS:])
         if sum(elsewhere) > 1 or not (alike or in_round):
             self.disagree(place, problem)
@@ -157,7 +169,7 @@ class Agreement:
         self.active = active
         if alike:
             self._unchecked, self._told = None, self._hypers_digest()
-        return in_round, any_waiting, any_cleared, [bool(each) for each in heard[n + 3 : n + 3 + len(has)]]
+        return in_round, any_waiting, any_cleared, heard[n + 4 : n + 4 + len(more)]
 
     def disagree(self, place: Place, problem: str | None) -> NoReturn:
         """Raise what differs. Collective: all ranks have seen that something does."""
@@ -169,6 +181,7 @@ class Agreement:
         """What is compared, in words."""
         active = self.stepping()
         told: dict[str, Any] = {"problem": problem} if problem else {}
+        told["the optimizer"] = self._who
         told["where they are"] = f"{place}, after {self.steps} steps"
         for i, values in enumerate(self._hypers()):
             told[f"group {i}"] = "frozen" if self._opt.is_frozen(i) else "not frozen"
@@ -182,6 +195,12 @@ class Agreement:
         return told
 
     # ---- what is compared
+
+    @property
+    def _who(self) -> str:
+        """Which optimizer this is: ranks may have several, and reach them in different orders."""
+        params = self._buffers.layout.params
+        return f"of {len(params)} parameters, {params[0].name!r} to {params[-1].name!r}"
 
     def _hypers(self) -> Hypers:
         """The hypers of all groups as they are compared and shown."""
@@ -240,6 +259,13 @@ class Agreement:
 
     def misuse(self) -> str | None:
         """What has been done to the parameters that sharding cannot follow."""
+        if self.found:
+            return self.found
+        if self._ranks.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            return (
+                "shard() was called before the process group was initialised, so each rank would train by itself: call "
+                "torch.distributed.init_process_group() before shard()"
+            )
         displaced = self._buffers.displaced()
         if displaced:
             return (

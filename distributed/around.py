@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 from ..around import Around
@@ -62,9 +62,15 @@ class AroundOptimizer(Around):
 _taken_in: WeakSet[Optimizer] = WeakSet()
 
 
-def take_in(opt: Optimizer) -> None:
-    """Note that `opt` is now within another optimizer, and refuse what that one does for it."""
+def take_in(opt: Optimizer, with_gradients: bool = False) -> None:
+    """Note that `opt` is now within another optimizer, and refuse what that one does for it.
+
+    Args:
+        with_gradients: whether that one takes gradients out of `p.grad`: clipping would find none.
+    """
     _taken_in.add(opt)
+    if with_gradients:
+        opt.clip_grad_norm_ = _refuse("clip_grad_norm_")  # type: ignore[method-assign]
     opt.register_step_pre_hook(_refuse("step"))
     opt.register_state_dict_pre_hook(_refuse("state_dict"))
     opt.register_load_state_dict_pre_hook(_refuse("load_state_dict"))
@@ -75,10 +81,10 @@ def is_within(opt: Optimizer) -> bool:
     return opt in _taken_in
 
 
-def _refuse(what: str) -> Callable[..., None]:
-    """A hook before method `what` of an optimizer that has been sharded and holds only a part of its state."""
+def _refuse(what: str) -> Callable[..., NoReturn]:
+    """A hook before method `what`, or in its place, of an optimizer that has been sharded and holds a part only."""
 
-    def refused(*_: Any) -> None:
+    def refused(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError(f"this optimizer has been sharded: call {what}() of the optimizer that shard() gave")
 
     return refused

@@ -95,8 +95,10 @@ def digest(facts: Any) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def compare(reports: Sequence[Report], numbers: Sequence[int] | None = None) -> NoReturn:
-    """Raise `RanksDiffer` with the differences between the ranks' reports; `numbers` are theirs, from 0 without.
+def compare(reports: Sequence[Report], numbers: Sequence[int] | None = None, advice: str = "") -> NoReturn:
+    """Raise `RanksDiffer` with the differences between the ranks' reports, and `advice` at its end.
+
+    `numbers` are those of the ranks, from 0 without.
 
     If a rank reports a problem, it is that which has to be mended: the rest is left out. A problem that all ranks have
     alike is no difference: a RuntimeError.
@@ -116,7 +118,8 @@ def compare(reports: Sequence[Report], numbers: Sequence[int] | None = None) -> 
             told = "; ".join(f"{value} on {_name_ranks(where)}" for value, where in values.items())
             lines.append(f"{subject}: {told}")
     more = [f"and {len(lines) - SHOWN} more differences"] if len(lines) > SHOWN else []
-    raise RanksDiffer("the ranks disagree\n  " + "\n  ".join(lines[:SHOWN] + more))
+    told = "the ranks disagree\n  " + "\n  ".join(lines[:SHOWN] + more)
+    raise RanksDiffer(f"{told}\n{advice}" if advice else told)
 
 
 def _shown(value: Any) -> str:

@@ -45,10 +45,18 @@ class Gathering:
         buffers: the parameters.
         model: the module that has them.
         averages: whether gradients are averaged here, so that DistributedDataParallel must not do it too.
+        on_load: called before a module loads a state dict.
     """
 
-    def __init__(self, ranks: Ranks, buffers: Buffers, model: nn.Module, averages: bool = False) -> None:
-        self._averages = averages
+    def __init__(
+        self,
+        ranks: Ranks,
+        buffers: Buffers,
+        model: nn.Module,
+        averages: bool = False,
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._averages, self._on_load = averages, on_load
         self._ranks, self._buffers = ranks, buffers
         self._pending: dict[int, Pending] = {}
         self.number = next(_numbers)
@@ -73,7 +81,7 @@ class Gathering:
                 self._hooks += [
                     module.register_forward_pre_hook(_Before(self, k)),
                     module.register_state_dict_pre_hook(_Everything(self)),  # type: ignore[no-untyped-call]
-                    module.register_load_state_dict_pre_hook(_Everything(self)),  # type: ignore[no-untyped-call]
+                    module.register_load_state_dict_pre_hook(_Load(self)),  # type: ignore[no-untyped-call]
                 ]
 
     def leave(self) -> None:
@@ -122,6 +130,11 @@ class Gathering:
                 self._wait(self._needs[k])
             else:
                 self.synchronize()
+
+    def before_load(self) -> None:
+        """A module is about to load a state dict."""
+        self.synchronize()
+        self._on_load()
 
     def traced(self, k: int) -> None:
         """Module number `k` is being compiled into something that will not call its hook."""
@@ -220,5 +233,14 @@ class _Everything:
         if self.gathering is not None:
             self.gathering.synchronize()
 
-    def __reduce__(self) -> tuple[Callable[..., _Everything], tuple[None]]:
-        return _Everything, (None,)
+    def __reduce__(self) -> tuple[type[_Everything], tuple[None]]:
+        return type(self), (None,)
+
+
+class _Load(_Everything):
+    """The hook before a module loads a state dict."""
+
+    def __call__(self, *_: Any) -> None:
+        """Wait for every parameter."""
+        if self.gathering is not None:
+            self.gathering.before_load()

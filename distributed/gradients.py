@@ -12,10 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..parts import part_of_grad
+from ..parts import part_of, part_of_grad
 from .agreement import Agreement
+from .averaged import Sketch, check_alike, comparable, sketch
 from .buckets import Buffers
 from .collectives import Ranks
+from .consistency import BOTH_WAYS, both_ways, equal_everywhere
 from .header import Place
 
 
@@ -29,6 +31,10 @@ class Gradients(Protocol):
     @property
     def taken(self) -> bool:
         """Whether there are gradients that are not in `p.grad` any more."""
+
+    @property
+    def lacking(self) -> Set[int]:
+        """The active parameters that have had a gradient on other ranks only, as of the last `settle`."""
 
     def settle(self, place: Place) -> list[int]:
         """The parameters that step now: active, with a gradient on any rank. Collective: all ranks are at `place`."""
@@ -64,15 +70,39 @@ class LocalGradients:
     in_round = False
     taken = False
 
-    def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement) -> None:
+    def __init__(self, ranks: Ranks, buffers: Buffers, agreement: Agreement, checks: bool = True) -> None:
         self._ranks, self._buffers, self._agreement = ranks, buffers, agreement
+        self._checks = checks and not ranks.alone
+        self._compared: Set[int] = frozenset()
+        self.lacking: Set[int] = frozenset()
 
     def settle(self, place: Place) -> list[int]:
-        """The parameters that have a `p.grad` on any rank."""
+        """The parameters that have a `p.grad` on any rank.
+
+        Raises:
+            RanksDiffer: on all ranks, if gradients have not been averaged, see [Note: averaged] in averaged.py.
+        """
         active = self._agreement.stepping()
         has = [i in active and p.grad is not None for i, p in enumerate(self._buffers.params)]
-        *_, anywhere = self._agreement.ask(place, False, sparse(self._buffers), has)
-        return [i for i, there in enumerate(anywhere) if there]
+        problem = sparse(self._buffers)
+        # A scaler may unscale what is to be averaged afterwards.
+        sketches = self._sketches(active) if self._checks and not problem and place != "unscale_" else {}
+        told = self._agreement.ask(place, False, problem, [*has, *both_ways(sketches)])[-1]
+        by_rank = [sketches]
+        if not equal_everywhere(told[-BOTH_WAYS:]):
+            by_rank = self._ranks.gather_everywhere(sketches)
+            check_alike(by_rank, [spec.name for spec in self._buffers.layout.params])
+        self._compared |= comparable(by_rank)
+        anywhere = [i for i, there in enumerate(told[:-BOTH_WAYS]) if there]
+        self.lacking = frozenset() if len(anywhere) == sum(has) else frozenset(i for i in anywhere if not has[i])
+        return anywhere
+
+    def _sketches(self, active: Set[int]) -> dict[int, Sketch]:
+        """Of the gradients that are still to be compared: those of a first step, and of what was frozen before."""
+        if not self._compared <= active:
+            self._compared &= active
+        found = {i: p.grad for i in active - self._compared if (p := self._buffers.params[i]).grad is not None}
+        return sketch({i: part_of(grad) for i, grad in found.items()}) if found else {}
 
     def slices(self, params: Iterable[int]) -> list[Tensor | None]:
         """This rank's elements of `p.grad`."""

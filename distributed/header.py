@@ -19,7 +19,7 @@ PLACES: tuple[Place, ...] = get_args(Place)
 BITS = 32
 """Of each digest."""
 
-FLAGS = 4
+FLAGS = 5
 EXTRA = len(PLACES) + FLAGS + 2 * 2 * BITS
 """Numbers of the first header of a round beside the flags."""
 
@@ -33,6 +33,7 @@ class Verdict:
         changed, unchanged: whether there are ranks whose activity is another one, or the same, as last agreed on.
         problem: whether any rank has one.
         late: whether any rank has stepped with hypers that were set after the header of their round had told others.
+        loaded: whether any rank has loaded parameters or states since its last header.
         same_activity, same_hypers: whether all ranks sent the same digest.
     """
 
@@ -41,14 +42,24 @@ class Verdict:
     unchanged: bool
     problem: bool
     late: bool
+    loaded: bool
     same_activity: bool
     same_hypers: bool
 
 
-def encode(place: Place, changed: bool, problem: bool, activity: bytes, hypers: bytes, late: bool = False) -> list[int]:
+def encode(
+    place: Place,
+    changed: bool,
+    problem: bool,
+    activity: bytes,
+    hypers: bytes,
+    late: bool = False,
+    loaded: bool = False,
+) -> list[int]:
     """The `EXTRA` numbers that a rank sends; digests have at least `BITS` bits, the first of which are sent."""
     at = [int(place == each) for each in PLACES]
-    return [*at, int(changed), int(not changed), int(problem), int(late), *_bits(activity), *_bits(hypers)]
+    flags = map(int, (changed, not changed, problem, late, loaded))
+    return [*at, *flags, *_bits(activity), *_bits(hypers)]
 
 
 def decode(sums: Sequence[float]) -> Verdict:
@@ -61,6 +72,7 @@ def decode(sums: Sequence[float]) -> Verdict:
         unchanged=told[n + 1],
         problem=told[n + 2],
         late=told[n + 3],
+        loaded=told[n + 4],
         same_activity=_agreed(told[n + FLAGS :][: 2 * BITS]),
         same_hypers=_agreed(told[n + FLAGS + 2 * BITS :][: 2 * BITS]),
     )

@@ -50,6 +50,7 @@ class ReducedGradients(Reductions):
         super().__init__(ranks, buffers, dtype, lane)
         self._agreement = agreement
         self._seen: set[int] = set()
+        self.lacking: Set[int] = frozenset()
         self._round: Round | None = None
         self._last: Round | None = None
         self._rounds = 0
@@ -208,7 +209,7 @@ class ReducedGradients(Reductions):
             return
         wires = self._buffers.reducing(agreement.active)
         reading = self._send_nothing(wires[0], agreement.header(place, self._problem, changed=True))
-        verdict = decode(reading.get())
+        verdict = self._agreement.noted(decode(reading.get()))
         if verdict.same_activity and not verdict.unchanged and not verdict.problem:
             agreement.active = agreement.stepping()
             self._asking = self._asking or len(verdict.places) > 1
@@ -301,7 +302,7 @@ class ReducedGradients(Reductions):
         last = self._last
         if last is None or last.reading is None:
             return None
-        verdict = decode(last.reading.get())
+        verdict = self._agreement.noted(decode(last.reading.get()))
         if len(verdict.places) > 1:
             self._asking = True
         elif verdict.same_activity:
@@ -390,6 +391,7 @@ class ReducedGradients(Reductions):
         if not self._ranks.alone and not self._seen.issuperset(mine):
             with self._lane.inside():
                 flags = dict(zip(part.wire.params, part.flags().tolist(), strict=True))
+            self.lacking |= {i for i in mine if i not in self._seen and flags[i] > 0}
             return sorted(i for i in mine if i in self._seen or flags[i] > 0)
         return sorted(i for i in mine if i in self._seen)
 
@@ -398,6 +400,7 @@ class ReducedGradients(Reductions):
         self._land_all()
         self._parts.clear()
         self._seen.clear()
+        self.lacking = frozenset()
         self._last, self._rounds, self._cleared = None, 0, False
         self._settled, self._left_over = None, False
         if self.in_backward is not None:

@@ -45,6 +45,7 @@ def shard(
     step_in_backward: bool = False,
     transport: Literal["copy"] | None = None,
     overlap: bool = True,
+    check_gradients: bool = True,
 ) -> ShardedOptimizer:
     """The optimizer `opt` of `model`, with its state (and in stage 2 its gradients) spread over the ranks. Collective.
 
@@ -55,7 +56,8 @@ def shard(
     Args:
         opt: an optimizer of this library; its chain decides how parameters are cut (`opt.needs`).
         model: the module that has the parameters. In stage 1 it may be wrapped in DistributedDataParallel.
-        stage: 1: gradients are averaged already when `step` is called, by DistributedDataParallel or by hand.
+        stage: 1: gradients are averaged already when `step` is called, by DistributedDataParallel or by hand; the first
+            step compares them.
             2: the model is not wrapped; gradients are summed over the ranks as backward makes them, each rank keeps its
             part of the average, and `p.grad` is gone. Every rank must make equally many synchronised backward passes.
         group: the ranks that take part, all by default; or a mesh of one dimension, or of two for hybrid sharding: the
@@ -76,6 +78,8 @@ def shard(
             which leaves the multiprocessors to the model. By default what the process group has.
         overlap: whether parameters come back under the next forward pass. Without, they are complete when `step`
             returns (on CUDA: for what is enqueued next), for code that reads them in ways of its own.
+        check_gradients: stage 1: whether the first step of each parameter compares its gradients on all ranks, and is
+            refused where they have not been averaged. False is for gradients that differ on purpose.
 
     Raises:
         RuntimeError: torchrun has started several processes, and no process group has been initialised.
@@ -107,6 +111,7 @@ def shard(
             **about,
             "step_in_backward": bool(step_in_backward),
             "transport": transport,
+            "check_gradients": bool(check_gradients),
             "layout": kind,
             **about_groups(opt, specs),
         }
@@ -127,7 +132,7 @@ def shard(
     opt.master_weights = opt.runner.masters = masters
     made = Layout.make(kind, specs, ranks.world_size, bucket_bytes)
     at = cast(Literal[1, 2], stage)
-    sharded = ShardedOptimizer(opt, model, ranks, made, params, at, reduce_dtype, step_in_backward)
+    sharded = ShardedOptimizer(opt, model, ranks, made, params, at, reduce_dtype, step_in_backward, check_gradients)
     sharded.cost, sharded.overlap, sharded.along = cost, overlap, along
     _broadcast_rest(model, params, ranks)
     return sharded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NoReturn
 
@@ -14,7 +14,7 @@ from ..base import outside_compile
 from ..checks import check_clip
 from ..engine import Engine
 from ..optimizer import Optimizer
-from ..parts import Sharers, part_of_grad
+from ..parts import Sharers, part_of, part_of_grad
 from ..state import ParamState
 from .agreement import Agreement
 from .along import Along
@@ -23,12 +23,14 @@ from .buckets import Buffers
 from .clipping import teach_clipping
 from .collectives import Ranks
 from .consistency import agree_fully
+from .diverged import LOADED, refuse_diverged, state_numbers
 from .forgetting import teach_module
 from .gathering import Gathering
 from .gradients import Gradients, LocalGradients
 from .in_backward import InBackward, refused
 from .lane import Lane
 from .layout import Layout
+from .lookup import Lookup
 from .members import about_groups, specs_of
 from .norm import clip_factor, total_norm
 from .pipeline import Pipeline
@@ -69,6 +71,7 @@ class ShardedOptimizer(RunsParts):
         stage: Literal[1, 2],
         reduce_dtype: torch.dtype | None = None,
         step_in_backward: bool = False,
+        check_gradients: bool = True,
     ) -> None:
         torch.optim.Optimizer.__init__(self, [{"params": []}], opt.defaults)
         self.opt = opt
@@ -86,12 +89,12 @@ class ShardedOptimizer(RunsParts):
         for flat in self._buffers.buckets:
             ranks.broadcast(flat.flat)
         self._gradients: Gradients = (
-            LocalGradients(ranks, self._buffers, self._agreement)
+            LocalGradients(ranks, self._buffers, self._agreement, check_gradients)
             if stage == 1
             else ReducedGradients(ranks, self._buffers, self._agreement, reduce_dtype, self._lane)
         )
-        self._gathering = Gathering(ranks, self._buffers, model, averages=stage == 2)
-        self._looked_up: set[int] = set()
+        self._gathering = Gathering(ranks, self._buffers, model, averages=stage == 2, on_load=self._note_load)
+        self._lookup = Lookup(model, self._buffers)
         self._pipeline = Pipeline(self._lane, self._buffers, self._gradients, self._gathering, self._run)
         self._in_backward: InBackward | None = None
         if step_in_backward and isinstance(self._gradients, ReducedGradients):
@@ -104,7 +107,7 @@ class ShardedOptimizer(RunsParts):
         if stage == 2:
             teach_module(self)
             teach_clipping(self)
-        take_in(opt)
+        take_in(opt, with_gradients=stage == 2)
 
     # ---- stepping
 
@@ -118,7 +121,8 @@ class ShardedOptimizer(RunsParts):
             What `closure` returned, None without one.
 
         Raises:
-            RanksDiffer: on all ranks, before anything moves, if hyper-parameters or freezing differ between ranks.
+            RanksDiffer: on all ranks, before anything moves, if hyper-parameters or freezing differ between ranks, or
+                in stage 1 gradients that nobody has averaged.
         """
         loss = None
         if closure is not None:
@@ -132,12 +136,13 @@ class ShardedOptimizer(RunsParts):
     def _step_slices(self) -> None:
         if self._in_backward is not None:
             self._in_backward.check()
-            self._gradients.settle("step")
+            self._look_up(self._gradients.settle("step"))
             self._gathering.begun()
         else:
             stepping = self._gradients.settle("step")
-            if len(stepping) < len(self._agreement.stepping()):
-                self._look_up(self._agreement.stepping().difference(stepping))
+            if self._agreement.unsure:
+                self._compare_loaded()
+            self._look_up(stepping)
             if self._only_recorded or (self.stage == 2 and self._agreement.late):
                 problem = self._not_recorded(stepping) if self._only_recorded else None
                 self._agreement.ask("step", False, problem)
@@ -151,21 +156,21 @@ class ShardedOptimizer(RunsParts):
             self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
 
-    def _look_up(self, idle: Set[int]) -> None:
-        """Raise if a parameter without a gradient has been replaced in the model. Each is looked up once."""
-        new = idle - self._looked_up
-        if not new:
-            return
-        there = dict(self.model.named_parameters(remove_duplicate=False))
-        for i in sorted(new):
-            name = self.layout.params[i].name
-            if there.get(name, self._buffers.params[i]) is not self._buffers.params[i]:
-                raise RuntimeError(
-                    f"{name!r} of the model is another tensor than when shard() was called, so it would not train. "
-                    f"Call shard() after what replaces parameters: load_state_dict(..., assign=True), assigning "
-                    f"modules or parameters. fully_shard() does so too, and takes an optimizer without shard()"
-                )
-        self._looked_up |= new
+    def _look_up(self, stepping: Sequence[int]) -> None:
+        """Raise if a parameter without a gradient has been replaced in the model, now or (on this rank only) later."""
+        if len(stepping) < len(self._agreement.stepping()):
+            self._lookup.idle(self._agreement.stepping().difference(stepping))
+        if self._gradients.lacking:
+            self._agreement.found = self._agreement.found or self._lookup.lacking(self._gradients.lacking)
+
+    def _compare_loaded(self) -> None:
+        """Compare what some rank has loaded. Collective."""
+        self.synchronize()
+        names = {id(p): spec.name for spec, p in zip(self.layout.params, self._buffers.params, strict=True)}
+        tensors = {f"parameter {names[id(p)]!r}": part_of(p).detach() for p in self._buffers.params}
+        numbers = state_numbers(self.state, names) if self.layout.kind == "even" else {}
+        refuse_diverged(self._ranks.gather_everywhere, numbers, tensors, LOADED)
+        self._agreement.unsure = False
 
     def prepare_replay(self) -> NoReturn:
         """Refuse: a sharded step is no sequence of kernels alone.
@@ -212,6 +217,11 @@ class ShardedOptimizer(RunsParts):
         """Drop reduced gradients, which are not in `p.grad`; `model.zero_grad()` calls it, see forgetting.py."""
         self._refuse_before_step("zero_grad()")
         self._gradients.clear()
+
+    @property
+    def taken(self) -> bool:
+        """Whether this rank holds reduced gradients, which are not in `p.grad`."""
+        return self._gradients.taken
 
     def has_taken(self, params: Iterable[Tensor]) -> bool:
         """Whether this rank holds reduced gradients, and any of `params` that is among its own has none in `p.grad`."""
@@ -282,6 +292,9 @@ class ShardedOptimizer(RunsParts):
 
     # ---- state and groups
 
+    def _note_load(self) -> None:
+        self._agreement.loaded = True
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take over state, hyper-parameters and freezing, see `HoldsParts.load_state_dict`.
 
@@ -290,6 +303,7 @@ class ShardedOptimizer(RunsParts):
             ValueError: groups, members, names, shapes or pieces differ from what this rank holds.
         """
         self._refuse_before_step("load_state_dict()")
+        self._agreement.loaded = True
         super().load_state_dict(state_dict)
 
     def clear_state(self) -> None:
@@ -299,6 +313,7 @@ class ShardedOptimizer(RunsParts):
             RuntimeError: the step has been made in backward and `step` has not been called.
         """
         self._refuse_before_step("clear_state()")
+        self._agreement.loaded = True
         super().clear_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -71,8 +71,8 @@ def backward(model: Model) -> None:
 
 def header(world_size: int, flags: int, first: bool = True) -> int:
     """Bytes that the headers of all parts of a float32 bucket add: a flag per parameter, and the digests."""
-    # Four places, four flags, two digests of 32 bits and their complements; in units of 16 bytes.
-    numbers = flags + (4 + 4 + 2 * 2 * 32 if first else 0)
+    # Four places, five flags, two digests of 32 bits and their complements; in units of 16 bytes.
+    numbers = flags + (4 + 5 + 2 * 2 * 32 if first else 0)
     return world_size * 16 * -(-numbers // 4)
 
 

@@ -103,7 +103,7 @@ def test_parts_of_all_ranks_put_together_are_the_parameters(
 def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> None:
     alike = encode("backward", False, False, b"1234", b"abcd")
     assert len(alike) == EXTRA
-    other = encode("step", True, True, b"1235", b"abcd", late=True)
+    other = encode("step", True, True, b"1235", b"abcd", late=True, loaded=True)
     for n in (1, 2, 1000):
         total = torch.zeros(EXTRA, dtype=dtype)
         for _ in range(n):
@@ -112,10 +112,12 @@ def test_headers_survive_any_dtype_and_number_of_ranks(dtype: torch.dtype) -> No
         assert verdict.places == {"backward"}
         assert verdict.same_activity
         assert verdict.same_hypers
-        assert (verdict.changed, verdict.unchanged, verdict.problem, verdict.late) == (False, True, False, False)
+        assert (verdict.changed, verdict.unchanged, verdict.problem) == (False, True, False)
+        assert not verdict.late
+        assert not verdict.loaded
         verdict = decode((total + torch.tensor(other, dtype=dtype)).tolist())
         assert verdict.places == {"backward", "step"}
         assert not verdict.same_activity
         assert verdict.same_hypers
-        assert (verdict.changed, verdict.unchanged, verdict.problem, verdict.late) == (True, True, True, True)
+        assert all((verdict.changed, verdict.unchanged, verdict.problem, verdict.late, verdict.loaded))
     assert set(PLACES) == {"backward", "unscale_", "clip_grad_norm_", "step"}
