@@ -321,6 +321,13 @@ def warn_of_newer(storage: Storage, step: int) -> None:
         )
 
 
+def check_root(url: str) -> None:
+    """Raise CheckpointError where `url`, the root of checkpoints to be written, is the folder of a step by mistake."""
+    root, _, name = url.rstrip("/").rpartition("/")
+    if _STEP.fullmatch(name):
+        raise CheckpointError(f"{url} would be the folder of a step, which belongs in that of a run: write to {root}")
+
+
 def nothing_at(url: str) -> str:
     """What is said of a root without a complete checkpoint; `url` may be a step folder by mistake."""
     root, _, name = url.rstrip("/").rpartition("/")
