@@ -46,6 +46,7 @@ class Entry:
 class Found:
     """A step folder: what lies in it, its manifest where that is sound, and what keeps it from being complete.
 
+    manifest: also of one whose files are damaged or missing, which may be wanted, with all that it takes from others.
     newer: it is in a newer version of the format, so that nobody here can tell.
     """
 
@@ -179,14 +180,18 @@ def look(storage: Storage, step: int, notes: bool = True) -> Found:
     StorageError where that cannot be told.
     """
     found = glance(storage, step, notes)
-    if found.problem is not None:
+    if not found.data:
         return found
     try:
-        return replace(found, manifest=parsed(storage, step, found.data, found.sizes))
+        manifest = parsed(storage, step, found.data, None)
+        found = replace(found, manifest=manifest)
+        if found.complete:
+            _check(storage, step, manifest, found.sizes)
     except StorageError:
         raise
     except (CheckpointError, FileNotFoundError) as error:
-        return replace(found, problem=str(error), newer=isinstance(error, NewerFormat))
+        return replace(found, problem=found.problem or str(error), newer=isinstance(error, NewerFormat))
+    return found
 
 
 def glance(storage: Storage, step: int, notes: bool = True) -> Found:
@@ -314,6 +319,13 @@ def warn_of_newer(storage: Storage, step: int) -> None:
             storage.url,
             shown,
         )
+
+
+def check_root(url: str) -> None:
+    """Raise CheckpointError where `url`, the root of checkpoints to be written, is the folder of a step by mistake."""
+    root, _, name = url.rstrip("/").rpartition("/")
+    if _STEP.fullmatch(name):
+        raise CheckpointError(f"{url} would be the folder of a step, which belongs in that of a run: write to {root}")
 
 
 def nothing_at(url: str) -> str:

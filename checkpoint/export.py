@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -75,14 +76,19 @@ def export_hf(
         for file, part in zip(names, parts, strict=True):
             chosen = [weights[written.source] for written in part]
             created.append(file)
-            target.create(file, chain([_header(chosen)], _data(reader, chosen)))
+            try:
+                target.create(file, chain([_header(chosen)], _data(reader, chosen)))
+            except FileExistsError as error:  # of somebody who exports there at the same time
+                created.remove(file)
+                raise CheckpointError(f"{target.url}/{file} is there already; nothing was overwritten") from error
             homes |= {weight.name: file for weight in chosen}
         target.sync_folder("")
         index = {"metadata": {"total_size": total}, "weight_map": homes}
         target.publish(INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
     except BaseException:
-        for file in created:
-            target.remove(file)
+        with contextlib.suppress(Exception):  # the error that led here is the one to show
+            for file in created:
+                target.remove(file)
         raise
     return [*names, INDEX]
 

@@ -40,6 +40,11 @@ class Plan:
     leftovers: tuple[str, ...]
     reasons: dict[int, str]
 
+    def within(self, later: Plan) -> Plan:
+        """What is to be removed by this plan and still by a `later` one."""
+        steps = tuple(step for step in self.steps if step in later.steps)
+        return Plan(steps, tuple(path for path in self.leftovers if path in later.leftovers), later.reasons)
+
 
 def prune(
     url: str | os.PathLike[str],

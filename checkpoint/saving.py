@@ -209,6 +209,7 @@ class Save:
         generators = {} if parts.state_dict is not None else rng.capture()
         gather.take_rng(self.snapshot, self.peers.rank, generators)
         self.storage = open_storage(self.url)
+        catalog.check_root(self.storage.url)
         self.folder = step_folder(self.step)
         if self.peers.rank == 0:
             catalog.make_way(self.storage, self.step)

@@ -107,7 +107,11 @@ class LocalStorage:
         """Create `folder` and its parents unless they exist; the entry of each new one is synced."""
         path = self.root / folder
         new = [place for place in (path, *path.parents) if not place.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            file = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
+            raise CheckpointError(f"{path} cannot be made: {file} is there and is no folder") from error
         for place in new:
             _sync(place.parent)
 

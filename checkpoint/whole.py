@@ -12,7 +12,7 @@ import xxhash
 
 from ..pieces import Box
 from .assemble import hugging_face_index
-from .catalog import find
+from .catalog import check_root, find
 from .datafile import Item, Origin, header
 from .dtypes import DTYPES, memory
 from .errors import CheckpointError
@@ -43,6 +43,7 @@ def consolidate(
     error nothing is left at `destination`. Not collective.
     """
     source, target = open_storage(url), open_storage(destination)
+    check_root(target.url)
     folder, data = find(source, step)
     manifest = from_bytes(data)
     if MANIFEST in target.sizes(folder):

@@ -11,9 +11,10 @@ from typing import Any, cast
 import click
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from .. import api
-from ..command.answers import Failed, as_json
+from ..command.answers import Failed, Number, as_json
 from ..command.printing import print_json
 from ..optimizer import Optimizer
 from ..wrapper import OptimWrapper
@@ -26,22 +27,22 @@ from .planning import plan as make_plan
 
 
 @click.command()
-@click.option("--params", type=float, metavar="N", help="Number of parameters of a LLaMA-like decoder, such as 7e9.")
+@click.option(
+    "--params", type=Number(1e4, 1e13), metavar="N", help="Number of parameters of a LLaMA-like decoder, such as 7e9."
+)
 @click.option(
     "--model", metavar="MODULE:FUNCTION", help="What returns a model; called with the meta device as the default."
 )
-@click.option("--ranks", type=click.IntRange(min=1), required=True, help="Number of ranks.")
+@click.option("--ranks", type=click.IntRange(1, 100_000), required=True, help="Number of ranks.")
 @click.option("--optimizer", default="Adam", show_default=True, help="A class of fastopt, or of torch.optim.")
-@click.option("--dtype", default="float32", show_default=True, help="Of the parameters; with --params.")
+@click.option("--dtype", help="Of the parameters, by default float32; with --params.")
 @click.option("--master-weights", is_flag=True, help="Keep float32 copies of parameters of low precision.")
 @click.option(
     "--groups", type=click.IntRange(min=1), default=1, show_default=True, help="Groups, by layers; with --params."
 )
 @click.option("--stage", "stages", type=click.Choice(["1", "2", "3"]), multiple=True, help="Only this; repeatable.")
 @click.option("--layout", type=click.Choice(["even", "whole"]), help="By default what the optimizer needs.")
-@click.option(
-    "--bucket-mb", type=click.FloatRange(min=0.001), metavar="MIB", help="Of a bucket; by default as shard() chooses."
-)
+@click.option("--bucket-mb", type=Number(0.001, 1e9), metavar="MIB", help="Of a bucket; by default as shard() chooses.")
 @click.option("--plot", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="Draw it into this file.")
 @as_json
 def plan(
@@ -49,7 +50,7 @@ def plan(
     model: str | None,
     ranks: int,
     optimizer: str,
-    dtype: str,
+    dtype: str | None,
     master_weights: bool,
     groups: int,
     stages: tuple[str, ...],
@@ -80,7 +81,7 @@ def plan(
             layout=layout,
         )
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(" ".join(str(error).split())) from error
     if plot is not None:
         _draw(found, plot)
     if as_json:
@@ -89,7 +90,7 @@ def plan(
         click.echo("\n".join(report(found)))
 
 
-def _model(params: float | None, place: str | None, dtype: str, groups: int) -> nn.Module:
+def _model(params: float | None, place: str | None, dtype: str | None, groups: int) -> nn.Module:
     """The model to plan for.
 
     Raises:
@@ -98,12 +99,14 @@ def _model(params: float | None, place: str | None, dtype: str, groups: int) -> 
     if (params is None) == (place is None):
         raise ValueError("say what to plan for: --params or --model")
     if place is not None:
+        if dtype is not None:
+            raise ValueError("--dtype goes with --params; a model of your own has its dtypes already")
         if groups > 1:
             raise ValueError("--groups goes with --params; for groups of a model of your own use plan(model, make=...)")
         return _your_model(place)
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
-        raise ValueError(f"--dtype {dtype} is no dtype of torch")
+    kind = getattr(torch, (dtype or "float32").removeprefix("torch."), None)
+    if not isinstance(kind, torch.dtype) or not (kind.is_floating_point or kind.is_complex):
+        raise ValueError(f"--dtype {dtype} is no dtype that parameters have, such as float32 or bfloat16")
     return decoder(cast(float, params), kind)
 
 
@@ -121,6 +124,9 @@ def _your_model(place: str) -> nn.Module:
         sys.path.remove("")
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {place} returned a {type(model).__name__}, not a torch.nn.Module")
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"--model {place}: {lazy[0]!r} has no shape yet: it is of a lazy module")
     return model
 
 
@@ -144,12 +150,14 @@ def _optimizer(name: str) -> Callable[[Any], Optimizer]:
     if isinstance(own, type) and issubclass(own, Optimizer) and own not in (Optimizer, OptimWrapper):
         return own
     foreign = getattr(torch.optim, name, None)
-    if isinstance(foreign, type) and issubclass(foreign, torch.optim.Optimizer):
+    base = torch.optim.Optimizer
+    if isinstance(foreign, type) and issubclass(foreign, base) and foreign is not base:
         return lambda params: OptimWrapper(params, opt=foreign)
     raise ValueError(f"--optimizer {name} is no optimizer of fastopt or torch.optim")
 
 
 def _draw(found: Plan, path: Path) -> None:
+    path = path if path.suffix else path.with_suffix(".png")
     try:
         draw(found, path)
     except ModuleNotFoundError as error:

@@ -214,6 +214,8 @@ def plan_specs(
         raise ValueError(f"stages are 1, 2 and 3, got {stages!r}")
     if not specs:
         raise ValueError("there are no parameters to plan for")
+    if not any(spec.numel for spec in specs):
+        raise ValueError("the parameters to plan for have no elements")
     made = Layout.make(layout, specs, ranks, bucket_bytes)
     units = units_of(specs)
     plans = tuple(
@@ -236,7 +238,9 @@ def _state_bytes(opt: Optimizer) -> list[float]:
             if opt.master_weights:
                 add_masters(work)
             run_eager(opt.cbs, work)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
+        if isinstance(error, TypeError) and not isinstance(opt, OptimWrapper):
+            raise  # a mistake in a callback
         raise ValueError(
             f"a step of {_name(opt)} cannot be made without numbers ({error}): give plan_specs() the bytes "
             f"of state per element"

@@ -97,6 +97,16 @@ ON_DISK: dict[str, tuple[Callable[[Any, Any, Any], Any], type[Exception], str]] 
     ),
     "load a step of text": (lambda url, m, o: load(url, model=m, step="1"), TypeError, "step is .*, got '1'"),
     "load swapped": (lambda url, m, o: load(url, model=o, opt=m), CheckpointError, "model is a .*got an Adam"),
+    "save to a step folder": (
+        lambda url, m, o: save(url / "step-00000002", step=2, model=m),
+        CheckpointError,
+        "would be the folder of a step, .* write to .*/run$",
+    ),
+    "save below a file": (
+        lambda url, m, o: save(url / "step-00000001" / "manifest.json" / "x", step=2, model=m),
+        CheckpointError,
+        "cannot be made: .*/manifest.json is there and is no folder",
+    ),
     "load another dtype": (lambda url, m, o: load(url, model=m.double()), CheckpointError, "cast=True takes other"),
     "load a step folder": (
         lambda url, m, o: load(url / "step-00000001", model=m),

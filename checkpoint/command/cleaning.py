@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from ...command.answers import Failed, as_json
+from ...command.answers import Failed, Number, as_json
 from ...command.printing import print_json, print_table, say
 from ..retention import GRACE, Plan, carry_out, plan_prune
 from ..storage import open_storage
@@ -19,7 +19,7 @@ from . import places
 @click.option(
     "--keep-every", type=click.IntRange(1), help="The first from every multiple of so many steps on stays too."
 )
-@click.option("--grace", type=click.FloatRange(0), default=GRACE / 3600, show_default=True, metavar="HOURS",
+@click.option("--grace", type=Number(0), default=GRACE / 3600, show_default=True, metavar="HOURS",
               help="Files of unfinished saves that are younger stay: the save may be running.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
@@ -47,6 +47,7 @@ def prune(
         if as_json or not sys.stdin.isatty():
             raise Failed("nothing was removed: there is nobody to ask; pass --yes to remove, or --dry-run")
         click.confirm("Remove?", abort=True, err=True)
+        plan = plan.within(plan_prune(storage, keep_last, keep_every, grace * 3600))  # a job may have saved meanwhile
     if work:
         carry_out(storage, plan)
     if as_json:

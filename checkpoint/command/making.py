@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ...command.answers import as_json
+from ...command.answers import Number, as_json
 from ...command.printing import print_json, progress, say
 from ..dtypes import DTYPES
 from ..export import export_hf as write_hf
@@ -39,7 +39,7 @@ def consolidate(url: str, destination: str, step: int | None, as_json: bool) -> 
 @click.argument("destination")
 @places.step
 @click.option("--dtype", type=click.Choice(["F64", "F32", "F16", "BF16"]), help="Round floating point numbers to this.")
-@click.option("--file-gb", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="GB per file.")
+@click.option("--file-gb", type=Number(0, min_open=True), default=5.0, show_default=True, help="GB per file.")
 @as_json
 @places.command
 def export_hf(url: str, destination: str, step: int | None, dtype: str | None, file_gb: float, as_json: bool) -> None:

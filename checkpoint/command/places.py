@@ -13,7 +13,7 @@ import click
 from ...command.answers import Failed
 from ..errors import CheckpointError
 
-_STEP = re.compile(r"^(?P<root>.*?)/*step-(?P<step>\d{8,19})/*$")
+_STEP = re.compile(r"(?P<root>|.*/)step-(?P<step>[0-9]{8,19})/*")
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Place:
 
 def place(url: str, step: int | None = None) -> Place:
     """The place that an argument URL and an option --step name."""
-    match = _STEP.match(url)
+    match = _STEP.fullmatch(url)
     if match is None:
         return Place(url, step)
     named = int(match["step"])
     if step is not None and step != named:
         raise click.UsageError(f"the URL names step {named}, --step another: {step}")
-    return Place(match["root"] or ("/" if url.startswith("/") else "."), named)
+    return Place(match["root"] or ".", named)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import sys
 from importlib import import_module
-from typing import NamedTuple
+from io import TextIOWrapper
+from typing import Any, NamedTuple
 
 import click
 
 from .. import __version__
+from .answers import Failed
 
 
 class Place(NamedTuple):
@@ -30,6 +34,17 @@ COMMANDS = {
 class Commands(click.Group):
     """A group whose commands are names and short helps, which help and completion show, until one of them runs."""
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. What the system refuses is one sentence."""
+        if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # who reads has enough: `| head`
+                raise
+            raise Failed(f"{type(error).__name__}: {error}") from error
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -37,7 +52,10 @@ class Commands(click.Group):
         name, _, rest = super().resolve_command(ctx, args)
         if name is None:
             return name, None, rest
-        command = getattr(import_module(COMMANDS[name].module), COMMANDS[name].name)
+        try:
+            command = getattr(import_module(COMMANDS[name].module), COMMANDS[name].name)
+        except ModuleNotFoundError as error:
+            raise Failed(f"{error}, which fastopt needs: pip install it, or fastopt again") from error
         return name, command if isinstance(command, click.Command) else None, rest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,13 +25,21 @@ def console() -> Console:
 
 
 def say(text: str) -> None:
-    """A line of plain text."""
-    console().print(Text(text))
+    """A line of plain text. A narrow terminal wraps it; what is copied from there is still one line."""
+    console().print(Text(text), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document."""
-    print(json.dumps(value, indent=2))
+    """One JSON document. Numbers that JSON does not have are text there: "inf", "-inf", "nan"."""
+    print(json.dumps(_strict(value), indent=2, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:

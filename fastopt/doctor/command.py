@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..command.answers import as_json, say_no
+from ..command.answers import Number, as_json, say_no
 from ..command.printing import console, print_json, say
 from .collectives import collectives
 from .findings import Finding, summary
@@ -26,9 +26,7 @@ _COLOURS = {"ok": "green", "note": "yellow", "broken": "bold red"}
 @click.command()
 @click.option("--no-ranks", is_flag=True, help="Leave out the test of collectives, which starts processes.")
 @click.option("--ranks", type=click.IntRange(2), default=2, show_default=True, help="How many ranks it starts.")
-@click.option(
-    "--timeout", type=click.FloatRange(1), default=60.0, show_default=True, help="Seconds that the ranks have."
-)
+@click.option("--timeout", type=Number(1), default=60.0, show_default=True, help="Seconds that the ranks have.")
 @click.option("--url", help="Also save, load and remove a small checkpoint under this URL.")
 @as_json
 def doctor(no_ranks: bool, ranks: int, timeout: float, url: str | None, as_json: bool) -> None:
@@ -75,6 +73,8 @@ def _busy(what: str) -> Iterator[None]:
 
 def _print(findings: Sequence[Finding]) -> None:
     table = Table.grid(padding=(0, 2))
+    for _ in range(4):
+        table.add_column(overflow="fold")  # a long path is worth its end
     area = ""
     for finding in findings:
         table.add_row(

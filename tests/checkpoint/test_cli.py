@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, safe_open
 from torch import nn
 
-from fastopt.checkpoint import load, save
-from fastopt.checkpoint.command.places import command
+from fastopt.checkpoint import CheckpointError, load, save, steps, verify
+from fastopt.checkpoint.catalog import verified_mark
+from fastopt.checkpoint.command.places import Place, command, place
+from fastopt.checkpoint.export import export_hf
+from fastopt.checkpoint.storage import LocalStorage
 from fastopt.checkpoint.whole import consolidate
 from fastopt.command import main
 
@@ -252,6 +256,79 @@ def test_prune(broken: Path) -> None:
     assert "nothing to remove" in fastopt("checkpoint", "prune", broken, "--keep-last", 1)
 
 
+def test_a_job_that_saves_while_prune_asks_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastopt.checkpoint.writing.LEAST_REUSED", 100)
+    model = nn.Linear(40, 10)
+    for number in (10, 20, 40):
+        save(tmp_path, step=number, model=model if number == 20 else nn.Linear(40, 10), reuse=False)
+
+    def ask(*args: Any, **kwargs: Any) -> bool:  # meanwhile the job has gone back to 20, and uses its files
+        torch.rand(1)
+        save(tmp_path, step=50, model=nn.Linear(3, 3), reuse=False)
+        (tmp_path / "step-00000040" / "manifest.json").rename(tmp_path / "aside")
+        save(tmp_path, step=30, model=model)
+        (tmp_path / "aside").rename(tmp_path / "step-00000040" / "manifest.json")
+        save(tmp_path, step=60, model=nn.Linear(3, 3), reuse=False)
+        mark = verified_mark((tmp_path / "step-00000030" / "manifest.json").read_bytes())
+        (tmp_path / "step-00000030" / mark).write_text("{}")
+        return True
+
+    monkeypatch.setattr("click.confirm", ask)
+    monkeypatch.setattr(
+        "fastopt.checkpoint.command.cleaning.sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    )
+    done = CliRunner().invoke(main, ["checkpoint", "prune", str(tmp_path), "--keep-last", "1"])
+    assert done.exit_code == 0, done.output
+    assert "removed 1 checkpoints" in done.output
+    assert steps(tmp_path) == [20, 30, 40, 50, 60]
+    assert verify(tmp_path, step=30).sound
+
+
+def test_two_exports_at_the_same_time_do_not_remove_each_others_files(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = tmp_path / "model-00001-of-00001.safetensors"
+    create = LocalStorage.create
+
+    def late(self: LocalStorage, path: str, chunks: Any) -> None:
+        theirs.write_bytes(b"theirs")
+        create(self, path, chunks)
+
+    monkeypatch.setattr(LocalStorage, "create", late)
+    with pytest.raises(CheckpointError, match="is there already; nothing was overwritten"):
+        export_hf(run, tmp_path)
+    assert theirs.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize(
+    ("url", "root", "number"),
+    [
+        ("/data/run/step-00000010", "/data/run/", 10),
+        ("step-00000010//", ".", 10),
+        ("/step-00000010", "/", 10),
+        ("s3://bucket/step-00000010", "s3://bucket/", 10),
+        ("memory://step-00000010", "memory://", 10),
+        ("/data/last-step-00000010", "/data/last-step-00000010", None),
+        ("/data/step-00000010/hf", "/data/step-00000010/hf", None),
+        ("/data/run/step-0000001٣", "/data/run/step-0000001٣", None),
+    ],
+)
+def test_what_a_url_names(url: str, root: str, number: int | None) -> None:
+    assert place(url) == Place(root, number)
+
+
+def test_a_path_that_the_terminal_cannot_show(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "läufe").symlink_to(run.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastopt", "checkpoint", "show", tmp_path / "läufe" / "run"],
+        capture_output=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+    )
+    assert done.stdout.splitlines()[0] == f"{tmp_path}/l\\xe4ufe/run/step-00000030".encode()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -265,6 +342,10 @@ def test_prune(broken: Path) -> None:
         (("verify", "RUN/none"), "no complete checkpoint"),
         (("verify", "RUN", "--all", "--step", "10"), "exclude"),
         (("export-hf", "RUN", "/proc/none/there"), "Error"),
+        (("export-hf", "RUN", "/dev/null"), "/dev/null is there and is no folder"),
+        (("export-hf", "RUN", "RUN-hf", "--file-gb", "inf"), "inf is not a finite number"),
+        (("prune", "RUN", "--keep-last", "1", "--grace", "nan"), "nan is not a finite number"),
+        (("consolidate", "RUN", "RUN/step-00000030"), "would be the folder of a step"),
         (("frobnicate",), "No such command"),
     ],
 )

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import load, prune, save, steps
-from fastopt.checkpoint.catalog import look, verified_mark
+from fastopt.checkpoint import load, prune, save, steps, verify
+from fastopt.checkpoint.catalog import look, note_damage, verified_mark
 from fastopt.checkpoint.retention import plan_prune, stay
 from fastopt.checkpoint.storage import open_storage
 
@@ -141,6 +142,28 @@ def test_an_incomplete_one_neither_counts_nor_goes(tmp_path: Path) -> None:
     assert prune(tmp_path, keep_last=1, grace=0) == [1]
     assert steps(tmp_path) == [2]
     assert len(list((tmp_path / "step-00000003").iterdir())) >= 2
+
+
+@pytest.mark.parametrize("how", ["noted", "cut", "missing"])
+def test_what_a_damaged_one_uses_stays(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastopt.checkpoint.writing.LEAST_REUSED", 100)
+    storage, model, other = open_storage(tmp_path), nn.Linear(40, 10), nn.Linear(40, 10)
+    save(tmp_path, step=1, model=model)
+    torch.rand(1)  # the random generator moves on, the weights do not
+    save(tmp_path, step=2, model=model)
+    assert {file.step for file in look(storage, 2).raise_problem().files} == {1, 2}
+    if how == "noted":  # of one bad block in one bad moment: the data may be sound
+        note_damage(storage, 2, look(storage, 2).data, "a block")
+    else:
+        (file,) = data_files(tmp_path / "step-00000002")
+        file.write_bytes(b"") if how == "cut" else file.unlink()
+    for step in (3, 4):
+        save(tmp_path, step=step, model=other, reuse=False)
+    assert plan_prune(storage, 1).reasons[1] == "step 2 uses its files"
+    assert prune(tmp_path, keep_last=1, grace=0) == [3]
+    assert steps(tmp_path) == [1, 4]
+    if how == "noted":
+        assert verify(tmp_path, step=2).sound
 
 
 def test_leftovers_go_after_a_grace_time_whole_saves_together(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import re
+import subprocess
 import sys
 from importlib import import_module
 
@@ -13,8 +17,25 @@ from click.testing import CliRunner
 
 import fastopt
 from fastopt.command import COMMANDS, main
+from fastopt.command.printing import print_json, say
 
-from ..commands import run_command
+from ..commands import ROOT, run_command
+
+
+def lazy() -> torch.nn.Module:
+    """Parameters without a shape."""
+    return torch.nn.LazyLinear(3)
+
+
+def without_elements() -> torch.nn.Module:
+    """A parameter with a shape of nothing."""
+    return torch.nn.ParameterList([torch.zeros(0)])
+
+
+def fails() -> torch.nn.Module:
+    """As a mistake of the user does."""
+    raise RuntimeError("in two\nlines")
+
 
 HELPS = [(), ("doctor",), ("plan",), ("bench",), ("bench", "step"), ("bench", "zero"), ("bench", "checkpoint")]
 
@@ -69,12 +90,34 @@ def test_help_completion_and_version_do_not_import_torch() -> None:
         (("bench", "frobnicate"), "No such command 'frobnicate'"),
         (("bench", "step", "--models", "huge"), "'huge' is none of llama-1.3b"),
         (("bench", "step", "--chart", "nowhere.json", "-o", "x.svg"), "nowhere.json"),
+        (("plan", "--params", "inf", "--ranks", "2"), "'--params': inf is not"),
+        (("plan", "--params", "1e30", "--ranks", "2"), "'--params': 1e+30 is not in the range"),
+        (("plan", "--params", "1e6", "--ranks", "100000000"), "'--ranks': 100000000 is not in the range"),
+        (("plan", "--params", "1e6", "--ranks", "2", "--dtype", "int8"), "--dtype int8 is no dtype that parameters"),
+        (("plan", "--model", "torch.nn:Identity", "--ranks", "2", "--dtype", "int8"), "--dtype goes with --params"),
+        (("plan", "--model", "fastopt.nowhere:x", "--ranks", "2"), "No module named 'fastopt.nowhere'"),
+        (("plan", "--model", f"{__name__}:lazy", "--ranks", "2"), "'weight' has no shape yet"),
+        (("plan", "--model", f"{__name__}:without_elements", "--ranks", "2"), "have no elements"),
+        (("plan", "--model", f"{__name__}:fails", "--ranks", "2"), "RuntimeError: in two lines"),
+        (("plan", "--params", "1e6", "--ranks", "2", "--optimizer", "LBFGS"), "LBFGS cannot be made without numbers"),
+        (("plan", "--params", "1e6", "--ranks", "2", "--optimizer", "Optimizer"), "is no optimizer of"),
+        (("plan", "--params", "1e6", "--ranks", "2", "--bucket-mb", "inf"), "'--bucket-mb': inf is not"),
+        (("plan", "--params", "1e6", "--ranks", "2", "--bucket-mb", "nan"), "'--bucket-mb': nan is not a finite"),
+        (("bench", "step", "--rounds", "0"), "--rounds: 0 is no whole number of at least 1"),
+        (("bench", "step", "--seconds", "nan"), "--seconds: nan is no number"),
+        (("bench", "step", "--limit", "soon"), "--limit: soon is no number"),
+        (("bench", "step", "--out", "/"), "--out: / is a folder"),
+        (("bench", "zero", "--ranks", "2", "--iterations", "0"), "--iterations: 0 is no whole number of at least 1"),
+        (("bench", "zero", "--ranks", "2", "--peers", "/nowhere"), "--peers: there is no folder /nowhere"),
+        (("bench", "checkpoint", "--scale", "0"), "--scale: 0 is no number above 0"),
+        (("bench", "checkpoint", "--out", "/"), "--out: / is a folder"),
         (("bench", "zero"), "add --ranks N, or start it with torchrun"),
         (("bench", "zero", "--ranks", "0"), "--ranks 0"),
         (("bench", "zero", "--ranks", "2", "--only", "horovod"), "'horovod' is none of stage2"),
         (("bench", "checkpoint", "--folder", "/nowhere"), "there is no folder /nowhere"),
-        (("bench", "checkpoint", "--rounds", "0"), "--rounds 0"),
+        (("bench", "checkpoint", "--rounds", "0"), "--rounds: 0 is no whole number"),
         (("doctor", "--ranks", "1"), "--ranks"),
+        (("doctor", "--timeout", "nan"), "'--timeout': nan is not a finite number"),
     ],
     ids=" ".join,
 )
@@ -83,6 +126,41 @@ def test_a_mistake_is_answered_by_a_sentence(arguments: tuple[str, ...], says: s
     assert code == 2
     assert says in text.splitlines()[-1]
     assert "Traceback" not in text
+
+
+def test_what_the_system_refuses_is_a_sentence() -> None:
+    code = "from fastopt.command import main; main(['plan', '--params', '1e6', '--ranks', '2'])"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "Error: OSError: [Errno 28] No space left on device"
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastopt.doctor.command", None)
+    monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(module="fastopt.doctor.command"))
+    code, text = called("doctor")
+    assert code == 2
+    assert text.splitlines()[-1].startswith("Error: import of fastopt.doctor.command halted")
+
+
+def test_json_is_json_and_long_lines_stay_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    print_json({"largest": math.inf, "list": [math.nan, (1.5, -math.inf)], "text": "inf"})
+
+    def refuse(text: str) -> None:
+        raise AssertionError(text)
+
+    found = json.loads(out.getvalue(), parse_constant=refuse)
+    assert found == {"largest": "inf", "list": ["nan", [1.5, "-inf"]], "text": "inf"}
+    out.seek(0)
+    out.truncate()
+    monkeypatch.setattr(out, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "30")
+    path = "/a/long path/" + "x" * 60 + "/step-00000001"
+    say(path)
+    assert out.getvalue() == path + "\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from ..options import new_file, positive, whole
 from .live import live
 from .planning import plan
 from .reshard import reshard
@@ -50,21 +51,18 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     """The options of a run; a mistake among them ends the process with a sentence."""
     parser = argparse.ArgumentParser(prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=None, help="where the files go [the system's temporary folder]")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each [5]")
-    parser.add_argument("--ranks", type=int, default=2, help="processes on this machine [2]")
-    parser.add_argument("--simulated", type=int, default=1024, help="ranks of the plan that is made without data")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads per rank")
+    parser.add_argument("--rounds", type=whole, default=5, help="turns of each [5]")
+    parser.add_argument("--ranks", type=whole, default=2, help="processes on this machine [2]")
+    parser.add_argument("--simulated", type=whole, default=1024, help="ranks of the plan that is made without data")
+    parser.add_argument("--threads", type=whole, default=1, help="CPU threads per rank")
     parser.add_argument("--model", default="gpt2", choices=MODELS, help="whose state [gpt2]")
-    parser.add_argument("--scale", type=float, default=1.0, help="width of the model")
+    parser.add_argument("--scale", type=positive, default=1.0, help="width of the model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the state is [cpu]")
     parser.add_argument("--only", default="", choices=(*_RUNS, "plan"), help="one part; without, all")
-    parser.add_argument("--out", type=Path, default=None, help="JSON to write")
+    parser.add_argument("--out", type=new_file, default=None, help="JSON to write")
     args = parser.parse_args(given)
     if args.folder is not None and not Path(args.folder).is_dir():
         parser.error(f"--folder: there is no folder {args.folder}")
-    for name in ("rounds", "ranks", "simulated", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: here is no CUDA device")
     return args
@@ -93,6 +91,7 @@ def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
         result |= on_ranks(settings, [args.only] if args.only else _USUAL)
     print(json.dumps(result, indent=2))
     if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -36,6 +36,7 @@ import torch
 from ...engine import native
 from ...engine.look import MANY
 from ...machine import cpu_name
+from ..options import folder, new_file, number, positive, whole
 from . import chart, results, rivals
 from .clock import Clock, copy_bandwidth
 from .first import CACHES, first_step, time_first_step
@@ -61,10 +62,10 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--models", help="comma-separated, of: " + ", ".join(MODELS))
     parser.add_argument("--rules", help="comma-separated, of: " + ", ".join(rivals.RULES) + "; without: the usual ones")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each optimizer, fewer for slow ones")
-    parser.add_argument("--seconds", type=float, default=0.5, help="about how long each optimizer is timed")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no row is started")
-    parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
+    parser.add_argument("--rounds", type=whole, default=15, help="turns of each optimizer, fewer for slow ones")
+    parser.add_argument("--seconds", type=positive, default=0.5, help="about how long each optimizer is timed")
+    parser.add_argument("--limit", type=number, default=math.inf, help="seconds after which no row is started")
+    parser.add_argument("--peers", type=folder, help="folder with more packages to compare with")
     parser.add_argument(
         "--compile",
         default="llama-1.3b:Adam",
@@ -75,7 +76,9 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--no-first", action="store_true", help="do not time the first steps of fresh processes")
     parser.add_argument("--first-step", metavar="RULE", help="print the milliseconds of one first step, no more")
     parser.add_argument("--chart", type=Path, metavar="JSON", help="draw this result, measure nothing")
-    parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
+    parser.add_argument(
+        "-o", "--out", type=new_file, help="JSON to write, .md and .svg beside it; with --chart the SVG"
+    )
     args = parser.parse_args(given)
     args.models = (args.models or DEFAULT_MODELS[args.device]).split(",")
     args.rules = (args.rules or DEFAULT_RULES[args.device]).split(",")

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ..options import folder, new_file, number, positive, whole
 from . import chart, results, rivals
 from .model import SIZES, batch, count_parameters
 from .processes import run_ranks
@@ -46,18 +47,20 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--model", default="llama-1.36b", choices=list(SIZES))
     parser.add_argument("--only", help="comma-separated, of: " + ", ".join(rivals.builders(torch.device("cuda"))))
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each")
-    parser.add_argument("--iterations", type=int, default=5, help="timed iterations of a turn")
+    parser.add_argument("--rounds", type=whole, default=6, help="turns of each")
+    parser.add_argument("--iterations", type=whole, default=5, help="timed iterations of a turn")
     parser.add_argument("--profile", action="store_true", help="also where the time goes on the device")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which nothing new is begun")
+    parser.add_argument("--limit", type=number, default=math.inf, help="seconds after which nothing new is begun")
     parser.add_argument(
-        "--patience", type=float, default=300, metavar="SECONDS", help="that each of other packages may take"
+        "--patience", type=positive, default=300, metavar="SECONDS", help="that each of other packages may take"
     )
     parser.add_argument("--add", action="store_true", help="keep the rows that are in --out, add those it lacks")
-    parser.add_argument("--peers", type=Path, help="folder with more packages to compare with")
+    parser.add_argument("--peers", type=folder, help="folder with more packages to compare with")
     parser.add_argument("--stretch", action="store_true", help=argparse.SUPPRESS)  # one of those of `_start_ranks`
     parser.add_argument("--chart", type=Path, metavar="JSON", help="draw this result, measure nothing")
-    parser.add_argument("-o", "--out", type=Path, help="JSON to write, .md and .svg beside it; with --chart the SVG")
+    parser.add_argument(
+        "-o", "--out", type=new_file, help="JSON to write, .md and .svg beside it; with --chart the SVG"
+    )
     args = parser.parse_args(given)
     if (args.chart or args.add) and not args.out:
         parser.error("--chart needs -o FILE.svg" if args.chart else "--add needs -o FILE.json")
