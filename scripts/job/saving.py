@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim.lr_scheduler import LRScheduler
 
-    from fastopt.checkpoint import Checkpoint
+    from fastopt.checkpoint import Checkpoint, Entry
 
 
 class Checkpoints:
@@ -50,7 +50,7 @@ class Checkpoints:
             return None
         from fastopt import checkpoint
 
-        newest = self.ranks.from_first(lambda: checkpoint.latest(self.url))
+        newest = self.ranks.from_first(self._newest)
         if newest is None:
             return None
         if not self.config.resume and not self.ranks.attempt:
@@ -64,6 +64,16 @@ class Checkpoints:
         if extra["fingerprint"] != self.fingerprint:
             raise JobError(f"cannot resume from {self.url}: the text under --data is not the one of the checkpoint")
         return found
+
+    def _newest(self) -> Entry | None:
+        """The newest complete checkpoint. An error where there are some, all damaged: no reason to begin anew."""
+        from fastopt.checkpoint import catalog, latest, storage
+
+        newest = latest(self.url)
+        place = storage.open_storage(self.url)
+        if newest is None and catalog.newest_completed(place) is not None:
+            catalog.find(place, None)
+        return newest
 
     def load(self, step: int, model: nn.Module, opt: Any, scheduler: LRScheduler) -> None:
         """Load the checkpoint of `step` into the model, the optimizer and the scheduler, on all ranks together."""

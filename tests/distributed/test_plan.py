@@ -232,7 +232,7 @@ def test_the_owner_in_the_picture_is_the_owner_in_the_layout() -> None:
     ("arguments", "says"),
     [
         (["--params", "1e6", "--ranks", "0"], "0 is not in the range"),
-        (["--params", "3", "--ranks", "2"], "at least 1e4"),
+        (["--params", "3", "--ranks", "2"], "is not in the range 10000.0<=x"),
         (["--params", "1e6", "--ranks", "2", "--dtype", "nn"], "--dtype nn"),
         (["--params", "1e6", "--ranks", "2", "--optimizer", "Nadamax"], "--optimizer Nadamax"),
         (["--params", "1e6", "--ranks", "2", "--groups", "99"], "99 groups"),

@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastopt.checkpoint import save
+from scripts.job.config import parse
+from scripts.job.errors import JobError
 from scripts.job.metrics import MetricsFile, read_metrics, steps_of
 from scripts.job.model import GPT, rotate
 from scripts.job.plot import draw_curves
+from scripts.job.ranks import Ranks
+from scripts.job.saving import Checkpoints
 
 
 @pytest.fixture
@@ -82,6 +87,17 @@ def test_no_path_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 LINES = [{"step": step, "loss": 3 / step, "val_bpb": 4.0 if step == 2 else None, "lr": [0.1, 0.2]} for step in (1, 2)]
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+@pytest.mark.parametrize("flags", [[], ["--resume"]], ids=["start", "resume"])
+def test_damage_is_no_reason_to_begin_anew(tmp_path: Path, flags: list[str], attempt: int):
+    save(tmp_path, step=5, model=torch.nn.Linear(2, 2))
+    next(tmp_path.glob("*/model-*.safetensors")).write_bytes(b"")
+    config = parse(["--checkpoint", str(tmp_path), *flags])
+    ranks = Ranks(rank=0, world=1, local_world=1, device=torch.device("cpu"), attempt=attempt)
+    with pytest.raises(JobError, match=r"(?s)no complete checkpoint at .*bytes instead of"):
+        Checkpoints(config, ranks, "").find()
 
 
 def test_curves(tmp_path: Path):
