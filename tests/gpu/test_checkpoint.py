@@ -237,6 +237,7 @@ def test_two_gpus_in_one_process(tmp_path: Path) -> None:
     save(tmp_path, step=1, model=model)
     streams = [torch.cuda.Stream(n) for n in (0, 1)]  # type: ignore[no-untyped-call]
     for n in (0, 1):
+        other[n].weight.data.fill_(2)  # type: ignore[index, operator, union-attr]  # the first kernel waits to be loaded
         torch.cuda.synchronize(n)
     with torch.cuda.stream(streams[1]), torch.cuda.stream(streams[0]):
         for n, stream in enumerate(streams):
