@@ -140,12 +140,20 @@ class OptTarget:
                 found.again = True
                 self.again.append(want)
                 continue
-            param = self.params[found.number]
-            device = local_part(param).device if stored.shape else torch.device("cpu")
+            part = local_part(self.params[found.number]).detach()
+            if stored.shape and self._is_whole(found, part):
+                found.buffers = want.buffers = [torch.empty_like(part, dtype=found.dtype)]  # with its strides
+                self.fresh.append(want)
+                continue
+            device = part.device if stored.shape else torch.device("cpu")
             found.flat = torch.empty(sum(b.numel for b in found.boxes), dtype=found.dtype, device=device)
             want.buffers = _views(found.flat, found.boxes)
             self.fresh.append(want)
             found.buffers = want.buffers
+
+    def _is_whole(self, found: _Found, part: Tensor) -> bool:
+        """Whether a state is one tensor, like `part`, its parameter. Steps give other bits where strides are others."""
+        return found.boxes == [Box.whole(tuple(part.shape))] and not hasattr(self.opt, "held_elsewhere")
 
     def _boxes(self, param: Tensor, shape: Shape) -> list[Box]:
         if self._goes_along(param, shape):

@@ -262,6 +262,32 @@ def test_what_the_files_cannot_hold_is_named_and_nothing_is_written(
 NAMES = ["../../x", "a/b", "a", "/", "%2F", "ü/é 模型", "state/x", "model/", "$", "__metadata__", "with space", "\n"]
 
 
+@pytest.mark.parametrize("staging", [0, 2**40])
+@pytest.mark.parametrize("trained", [True, False])
+def test_states_have_the_strides_of_their_parameters(trained: bool, staging: int, tmp_path: Path) -> None:
+    """Executors take other ways through other strides, some of which round otherwise."""
+
+    def job(seed: int) -> tuple[torch.nn.Module, Adam]:
+        torch.manual_seed(seed)
+        model = torch.nn.Module()
+        model.turned = torch.nn.Parameter(torch.randn(4, 9).t())
+        opt = Adam(model.parameters(), lr=0.1)
+        if trained or seed == 1:
+            model.turned.square().sum().backward()  # type: ignore[operator, union-attr]
+            opt.step()
+        return model, opt
+
+    model, opt = job(1)
+    save(tmp_path, step=1, model=model, opt=opt)
+    other, live = job(2)
+    load(tmp_path, model=other, opt=live, staging=staging)
+    for key, value in opt.state[model.turned].items():
+        if isinstance(value, torch.Tensor):
+            found = live.state[other.turned][key]
+            assert torch.equal(found, value)
+            assert found.stride() == value.stride() == (1, 9)
+
+
 def test_any_name_is_only_a_key(tmp_path: Path) -> None:
     params = [(name, nn.Parameter(torch.randn(3))) for name in ["", *NAMES]]
     opt = Adam(params, lr=0.1)
