@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fastopt import Lamb
-from fastopt.checkpoint import latest, load, save
+from fastopt.checkpoint import Checkpointer
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "run"  # or any URL: s3://bucket/run
 dist.init_process_group()
@@ -29,14 +29,16 @@ for layer in model:
 fully_shard(model, mesh=mesh)
 
 opt = Lamb(model.parameters(), lr=1e-2)  # after fully_shard; `shard` has no part in it
-done = load(folder, model=model, opt=opt).step if latest(folder) else 0
-for _ in range(5):
-    x = torch.randn(32, 8, device=kind)
-    (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
-    opt.clip_grad_norm_(1.0)
-    opt.step()
-    opt.zero_grad()
-save(folder, step=done + 5, model=model, opt=opt)
+with Checkpointer(folder) as checkpoints:
+    found = checkpoints.load(model=model, opt=opt)  # None where there was never a checkpoint
+    done = found.step if found else 0
+    for _ in range(5):
+        x = torch.randn(32, 8, device=kind)
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        opt.clip_grad_norm_(1.0)
+        opt.step()
+        opt.zero_grad()
+    checkpoints.save(done + 5, model=model, opt=opt)
 
 rows = opt.state[model[0].weight]["grad_avg"].shape[0]
 print(f"rank {dist.get_rank()}: step {done + 5}, {rows} of 65 rows", flush=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import RAdam
-from fastopt.checkpoint import latest, load, save, steps
+from fastopt.checkpoint import Checkpointer, steps
 from fastopt.distributed import shard
 
 url = sys.argv[1]
@@ -22,14 +22,16 @@ model = nn.Linear(8, 1)
 opt = shard(RAdam(model.parameters(), lr=1e-2), model)  # with one process there is nothing to spread
 schedule = torch.optim.lr_scheduler.StepLR(opt, 5, gamma=0.5)
 
-done = load(url, model=model, opt=opt, scheduler=schedule).step if latest(url) else 0
-for _ in range(5):
-    x = torch.randn(32, 8)
-    (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
-    opt.step()
-    schedule.step()
-    opt.zero_grad()
-save(url, step=done + 5, model=model, opt=opt, scheduler=schedule, extra={"by": "s3_resume.py"})
+with Checkpointer(url) as checkpoints:
+    found = checkpoints.load(model=model, opt=opt, scheduler=schedule)  # None where there was never a checkpoint
+    done = found.step if found else 0
+    for _ in range(5):
+        x = torch.randn(32, 8)
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+    checkpoints.save(done + 5, model=model, opt=opt, scheduler=schedule, extra={"by": "s3_resume.py"})
 
 print(f"steps {done + 1} to {done + 5}, lr {opt.hypers[0]['lr']:g}; on S3: {steps(url)}", flush=True)
 if dist.is_initialized():
