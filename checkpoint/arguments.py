@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 from torch import nn
@@ -29,9 +30,9 @@ def check_whole_number(name: str, value: Any, least: int, what: str) -> None:
     """
     if value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} is {what}, got {value!r}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} is {what}, got {value}")
 
 

@@ -9,11 +9,11 @@ import re
 import time
 from dataclasses import dataclass, replace
 
-from . import retries
 from .errors import CheckpointError, NewerFormat, StorageError
-from .manifest import MANIFEST, Manifest, check_digest, from_bytes
-from .records import step_folder
-from .storage import Storage, open_storage
+from .format.manifest import MANIFEST, Manifest, check_digest, from_bytes
+from .format.records import step_folder
+from .io import retries
+from .io.storage import Storage, open_storage
 
 _log = logging.getLogger("fastopt.checkpoint")
 _STEP = re.compile(r"step-(\d{8,19})")
@@ -94,23 +94,40 @@ def note_damage(storage: Storage, step: int, data: bytes, reason: str) -> None:
     """Leave a note, where the storage can be written to, so that nobody trusts the checkpoint because of its sizes.
 
     It is then not complete any more: nothing is taken from it for later checkpoints, and its step may be saved again.
-    `verify` removes the note where it finds the checkpoint sound.
+    `verify` removes the note where it finds the checkpoint sound. Other checkpoints that use a file which `reason`
+    names get the note too: the next one would be made from the newest of them.
     """
-    with contextlib.suppress(OSError, StorageError):
+    with contextlib.suppress(OSError, CheckpointError):
+        _note_one(storage, step, data, reason)
+        damaged = {file.path for file in from_bytes(data).files if file.path in reason}
+        for number in step_numbers(storage) if damaged else ():
+            found = look(storage, number)
+            if found.complete and found.manifest and damaged & {file.path for file in found.manifest.files}:
+                _note_one(storage, number, found.data, reason)
+
+
+def _note_one(storage: Storage, step: int, data: bytes, reason: str) -> None:
+    with contextlib.suppress(FileExistsError):
         if MANIFEST in storage.sizes(step_folder(step)):  # else it has just been removed
             storage.publish(f"{step_folder(step)}/{damaged_mark(data)}", reason.encode())
 
 
-def make_way(storage: Storage, step: int) -> None:
-    """Remove the manifest of a checkpoint that is not complete, so that its step can be saved again.
-
-    Raises CheckpointError where it is complete.
-    """
+def refuse_complete(storage: Storage, step: int) -> Found:
+    """What there is of `step`, which is to be saved. Raises CheckpointError where it is a complete checkpoint."""
     found = look(storage, step)
     found.refuse_newer()
     if found.complete:
         raise CheckpointError(f"step {step} is already saved at {found.url}; nothing was overwritten")
-    if MANIFEST in found.sizes:
+    return found
+
+
+def make_way(storage: Storage, step: int, data: bytes) -> None:
+    """Remove the manifest `data` of a checkpoint that is not complete, for one which has been saved in its place.
+
+    Raises CheckpointError where it has become complete. Another manifest, of another job, stays.
+    """
+    found = refuse_complete(storage, step)
+    if MANIFEST in found.sizes and found.data == data:
         storage.remove(f"{step_folder(step)}/{MANIFEST}")
 
 
@@ -237,7 +254,8 @@ def _noted(storage: Storage, folder: str, sizes: dict[str, int | None], data: by
         return None
     reason = bytearray(min(sizes[note] or 0, 1000))
     storage.read_into(f"{folder}/{note}", 0, [memoryview(reason)])
-    return f"{storage.url}/{folder}/{note} says: {reason.decode(errors='replace')}"
+    text = reason.decode(errors="replace")
+    return f"{storage.url}/{folder}/{note} says: {text} (`verify` removes the note where it finds nothing)"
 
 
 def _read_manifest(storage: Storage, step: int, sizes: dict[str, int | None]) -> bytes:

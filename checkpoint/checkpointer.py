@@ -14,21 +14,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsspec.utils import get_protocol
 from torch import nn
 
 from . import catalog
 from .arguments import check_whole_number
 from .catalog import Entry
-from .datafile import Item
 from .errors import CheckpointError
-from .loading import Checkpoint, load
-from .peers import Peers
+from .format.datafile import Item
+from .format.values import Json
+from .io.storage import local_path, open_storage
+from .loading.loading import Checkpoint, load
+from .ranks.peers import Peers
 from .retention import carry_out, plan_prune
-from .saving import Parts, Save
-from .staging import Staging
-from .storage import open_storage
-from .values import Json
+from .saving.saving import Parts, Save
+from .saving.staging import Staging
 
 # [Note: saving in the background]
 # `save` looks at everything, agrees with the other ranks on who writes what, and copies this rank's share to a staging
@@ -56,6 +55,8 @@ def _wait_for_all() -> None:
 _before_pools_close = getattr(threading, "_register_atexit", None)
 if _before_pools_close is not None:
     _before_pools_close(_wait_for_all)
+if hasattr(os, "register_at_fork"):  # a worker of a data loader has no such threads, and must not wait for them
+    os.register_at_fork(after_in_child=_writing.clear)
 
 
 class Checkpointer:
@@ -109,8 +110,10 @@ class Checkpointer:
         self._error: CheckpointError | None = None
         self._closed = False
         self._lock = threading.RLock()
-        if get_protocol(os.fspath(url)) in ("file", "local"):  # the same place also after os.chdir
-            self.url = open_storage(url).url
+        self._inside = False
+        path = local_path(url)
+        if path is not None:  # the same place also after os.chdir
+            self.url = path
 
     # ---- saving
 
@@ -136,15 +139,27 @@ class Checkpointer:
         """
         if self._closed:
             raise CheckpointError("this Checkpointer is closed")
+        parts = Parts(model, opt, scheduler, scaler, loader, extra)
         with self._lock:
-            self.wait()
-            work = Save(self._peers, self.url, step, Parts(model, opt, scheduler, scaler, loader, extra))
-            work.prepare()
-            if not self.asynchronous:
-                self._finish(work, work.items())
+            if self._inside:  # the buffer and the other ranks are in the middle of something
+                raise CheckpointError(
+                    f"save of step {step} was called in the middle of another save, as by the handler of a signal: let "
+                    f"the handler set a flag, and save where the training loop sees it"
+                )
+            try:
+                self._inside = True
                 self.wait()
-                return
+                self._save(Save(self._peers, self.url, step, parts))
+            finally:
+                self._inside = False
+
+    def _save(self, work: Save) -> None:
+        work.prepare()
+        if self.asynchronous:
             self._start(work, self._stage(work))
+            return
+        self._finish(work, work.items())
+        self.wait()
 
     def _start(self, work: Save, staged: list[Item]) -> None:
         """Let a thread write; without one, if the system gives no more, it is written here."""
@@ -158,15 +173,16 @@ class Checkpointer:
                 _writing.discard(written)
 
         thread = threading.Thread(target=write, name=f"checkpoint-{work.step}")
-        self._written = written
-        _writing.add(written)
         try:
+            self._written = written
+            _writing.add(written)
             thread.start()
         except RuntimeError:
             write()
         except BaseException:  # Ctrl-C in between: it may be starting all the same
             if not written.wait(0.2) and not thread.is_alive():
                 written.set()
+                _writing.discard(written)
             raise
 
     def _stage(self, work: Save) -> list[Item]:
@@ -239,12 +255,15 @@ class Checkpointer:
     # ---- the end
 
     def close(self) -> None:
-        """Wait for the save in flight and give the staging memory back. Raises CheckpointError where it failed."""
+        """Wait for the save in flight, give back the staging memory and the process group. CheckpointError where it
+        failed."""
         self._closed = True
         try:
             self.wait()
         finally:
             self._staging.free()
+            if not self.saving:  # after Ctrl-C
+                self._background = self._peers
 
     def __enter__(self) -> Checkpointer:
         return self

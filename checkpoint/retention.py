@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from .catalog import Found, survey
-from .records import FILE_NAME, INDEX, MANIFEST, step_folder
-from .storage import Storage, open_storage
+from .format.records import FILE_NAME, INDEX, MANIFEST, step_folder
+from .io.storage import Storage, open_storage
 
 # [Note: what stays]
 # The newest complete checkpoints; some of the older ones for good; the newest one of which every byte has been read and
@@ -56,9 +56,9 @@ def prune(
 ) -> list[int]:
     """Remove checkpoints that are no longer needed, and leftovers of saves that died; the steps removed.
 
-    The newest one that `verify` found sound stays, and all that those which stay take files from. What is not a
-    complete checkpoint is left alone, and so is every file that is not ours. To be called after a save has returned.
-    Only rank 0 of the default group does anything. Not collective.
+    The newest one that `verify`, or the ranks of a load together, found sound stays, and all that those which stay
+    take files from. What is not a complete checkpoint is left alone, and so is every file that is not ours. To be
+    called after a save has returned. Only rank 0 of the default group does anything. Not collective.
 
     Args:
         url: the root of the checkpoints.
@@ -67,6 +67,11 @@ def prune(
         keep_every: so does, for good, the first one at or after every multiple of so many steps.
         grace: seconds; files of an unfinished save younger than that (by the storage's clock, counted back from the
             newest file under `url`) are left alone, since the save may be running.
+
+    Raises:
+        ValueError: none or both of `keep` and `keep_last`, or a number below 1.
+        CheckpointError: one of them is in a newer version of the format; nothing was removed.
+        StorageError: the storage is out of reach.
     """
     if (keep is None) == (keep_last is None):
         raise ValueError("prune needs keep_last, the number of newest checkpoints to keep")

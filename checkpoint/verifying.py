@@ -11,12 +11,13 @@ from typing import Any
 
 import xxhash
 
-from .assemble import hugging_face_index
+from .arguments import check_whole_number
 from .catalog import Found, damaged_mark, look, newest_completed, note_damage, nothing_at, verified_mark
-from .dtypes import DTYPES
 from .errors import CheckpointError, StorageError
-from .records import INDEX, MANIFEST, DataFile, Manifest, step_folder
-from .storage import Storage, open_storage
+from .format.dtypes import DTYPES
+from .format.records import INDEX, MANIFEST, DataFile, Manifest, step_folder
+from .io.storage import Storage, open_storage
+from .saving.assemble import hugging_face_index
 
 Progress = Callable[[int, int], Any]
 """Is called with the bytes done so far and in all."""
@@ -67,6 +68,7 @@ def verify(
         CheckpointError: there is none.
         StorageError: the storage is out of reach.
     """
+    check_whole_number("step", step, 0, "a whole number from 0")
     storage = open_storage(url)
     number = newest_completed(storage) if step is None else step
     if number is None:

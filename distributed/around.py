@@ -54,6 +54,9 @@ class AroundOptimizer(Around):
         """What the chain must see of a parameter."""
         return self.opt.needs
 
+    def _check_hyper(self, name: str, value: Any, group: int) -> None:
+        self.opt._check_hyper(name, value, group)
+
     def set_hypers(self, **kwargs: Any) -> None:
         """Set hyper-parameters in every group: one value, one per group, or a slice."""
         self.opt.set_hypers(**kwargs)

@@ -18,12 +18,12 @@ from ..command.answers import Failed, Number, as_json
 from ..command.printing import print_json
 from ..optimizer import Optimizer
 from ..wrapper import OptimWrapper
-from .decoder import Decoder, decoder
-from .drawing import plot as draw
-from .layout import Kind
+from .ownership.layout import Kind
 from .plan import report
-from .planning import Plan, Stage
-from .planning import plan as make_plan
+from .planning.costs import Plan, Stage
+from .planning.costs import plan as make_plan
+from .planning.decoder import Decoder, decoder
+from .planning.drawing import plot as draw
 
 
 @click.command()

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .buckets import KEPT, Buffers
-from .gathering import Gathering
-from .gradients import Gradients
-from .lane import Lane
-from .wire import Wire
+from .communication.lane import Lane
+from .gradients.local_gradients import Gradients
+from .parameters.buckets import KEPT, Buffers
+from .parameters.gathering import Gathering
+from .wires.wire import Wire
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .drawing import owners_text, size
-from .planning import Memory, Plan, StagePlan, plan, plan_specs
+from .planning.costs import Memory, Plan, StagePlan, plan, plan_specs
+from .planning.decoder import Decoder, decoder
+from .planning.drawing import owners_text, size
 
-__all__ = ["Memory", "Plan", "StagePlan", "plan", "plan_specs", "report"]
+__all__ = ["Decoder", "Memory", "Plan", "StagePlan", "decoder", "owners_text", "plan", "plan_specs", "report"]
 
 
 def report(found: Plan) -> Iterator[str]:

@@ -19,18 +19,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..parts import is_spread, part_of_grad
-from .agreement import Agreement
-from .buckets import Buffers
-from .collectives import Ranks
-from .gradients import sparse
-from .header import Place, Verdict, decode
-from .hooks import call_when_made
-from .in_backward import ALREADY, LAG, STEPS, InBackward
-from .lane import Lane
-from .reductions import Reductions
-from .rounds import Part, Round, inside_another_backward
-from .wire import Wire
+from ..spread import is_spread, part_of_grad
+from .checks.agreement import Agreement
+from .communication.collectives import Ranks
+from .communication.lane import Lane
+from .gradients.hooks import call_when_made
+from .gradients.in_backward import ALREADY, LAG, STEPS, InBackward
+from .gradients.local_gradients import sparse
+from .gradients.reductions import Reductions
+from .gradients.rounds import Part, Round, inside_another_backward
+from .parameters.buckets import Buffers
+from .wires.header import Place, Verdict, decode
+from .wires.wire import Wire
 
 
 class ReducedGradients(Reductions):

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..parts import is_spread, part_of
-from .diverged import DIVERGED, refuse_diverged, state_numbers
-from .gathering import synchronize_model
-from .members import model_names
+from ..spread import is_spread, part_of
+from .checks.diverged import DIVERGED, refuse_diverged, state_numbers
+from .parameters.gathering import synchronize_model
+from .parameters.members import model_names
 from .sharded import ShardedOptimizer
 
 _MEMBERS = ("params", "param_names")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..engine import Choice, Engine, GroupWork, Needs, Reduce, chain_needs, undeclared
-from ..parts import Sharers, is_spread, part_of, show
+from ..spread import Sharers, is_spread, part_of, show
 from ..state import ParamState
-from .buckets import KEPT
-from .gradients import Gradients
-from .holding import HoldsParts
-from .spread import Spread
+from .gradients.local_gradients import Gradients
+from .ownership.tensor_parallel import Spread
+from .parameters.buckets import KEPT
+from .state.holding import HoldsParts
 
 _Sliced = tuple[ParamState, int, list[tuple[int, list[Tensor], list[Any]]]]
 

@@ -12,23 +12,24 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from ..bare import bare_optimizer
 from ..engine import cb_name, executor_for, requested, undeclared
 from ..optimizer import Optimizer
-from ..parts import is_spread, part_of
+from ..spread import is_spread, part_of
 from ..wrapper import TorchStep, evaluates_closure
-from .along import Along
 from .around import is_within
-from .collectives import Ranks
-from .consistency import RanksDiffer, agree_fully
-from .copying import copies
-from .gathering import synchronize_model
-from .layout import Kind, Layout
-from .members import about_groups, specs_of
-from .meshes import seat
-from .places import ParamSpec
+from .checks.consistency import RanksDiffer, agree_fully
+from .checks.other_dimensions import Along
+from .communication.collectives import Ranks
+from .communication.copy_transport import copies
+from .communication.meshes import seat
+from .communication.transport import Transport
+from .ownership.layout import Kind, Layout
+from .ownership.places import ParamSpec
+from .ownership.tensor_parallel import Spread
+from .parameters.gathering import synchronize_model
+from .parameters.members import about_groups, specs_of
 from .sharded import ShardedOptimizer
-from .spread import Spread
-from .transport import Transport
 
 
 def shard(
@@ -145,6 +146,11 @@ def _of_parameters(subject: str) -> bool:
 
 def _check(opt: Any, model: Any, stage: Any) -> None:
     """Refuse what is no optimizer, no model or no stage."""
+    if bare_optimizer(opt) is not opt:
+        raise TypeError(
+            f"this is a {type(opt).__name__}, which stands for an optimizer: shard the optimizer itself, and give what "
+            f"shard() makes to prepare() or setup_optimizers()"
+        )
     if isinstance(opt, ShardedOptimizer):
         raise TypeError("this optimizer is sharded already")
     if is_within(opt):
@@ -182,6 +188,11 @@ def _check(opt: Any, model: Any, stage: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise ValueError(f"{name!r} makes sparse gradients, which have no slices: build it with sparse=False")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{name or 'the model'!r} has been compiled by torch.jit, whose modules cannot wait for parameters: "
+                f"use torch.compile, or script the model after training"
+            )
 
 
 def _check_started() -> None:

@@ -14,32 +14,32 @@ from ..base import outside_compile
 from ..checks import check_clip
 from ..engine import Engine
 from ..optimizer import Optimizer
-from ..parts import Sharers, part_of, part_of_grad
+from ..spread import Sharers, part_of, part_of_grad
 from ..state import ParamState
-from .agreement import Agreement
-from .along import Along
 from .around import take_in
-from .buckets import Buffers
-from .clipping import teach_clipping
-from .collectives import Ranks
-from .consistency import agree_fully
-from .diverged import LOADED, refuse_diverged, state_numbers
-from .forgetting import teach_module
-from .gathering import Gathering
-from .gradients import Gradients, LocalGradients
-from .in_backward import InBackward, refused
-from .lane import Lane
-from .layout import Layout
-from .lookup import Lookup
-from .members import about_groups, specs_of
-from .norm import clip_factor, total_norm
+from .checks.agreement import Agreement
+from .checks.consistency import agree_fully
+from .checks.diverged import LOADED, refuse_diverged, state_numbers
+from .checks.other_dimensions import Along
+from .communication.collectives import Ranks
+from .communication.lane import Lane
+from .gradients.clipping import teach_clipping
+from .gradients.grad_scaler import Found, teach_grad_scaler, unscale
+from .gradients.in_backward import InBackward, refused
+from .gradients.local_gradients import Gradients, LocalGradients
+from .gradients.norm import clip_factor, total_norm
+from .gradients.zero_grad import teach_module
+from .ownership.layout import Layout
+from .ownership.places import ParamSpec
+from .ownership.tensor_parallel import Spread
+from .parameters.buckets import Buffers
+from .parameters.gathering import Gathering
+from .parameters.lookup import Lookup
+from .parameters.members import about_groups, specs_of
+from .parameters.readers import teach_modules_and_averages
 from .pipeline import Pipeline
-from .places import ParamSpec
-from .readers import teach_averaged_model
 from .reduced import ReducedGradients
 from .running import RunsParts
-from .scaling import Found, teach_grad_scaler, unscale
-from .spread import Spread
 
 StateDict = dict[str, Any]
 
@@ -103,9 +103,9 @@ class ShardedOptimizer(RunsParts):
             self._gradients.in_backward = self._in_backward
         self._keep_own_state()
         teach_grad_scaler()
-        teach_averaged_model()
+        teach_modules_and_averages()
+        teach_module(self if stage == 2 else None)
         if stage == 2:
-            teach_module(self)
             teach_clipping(self)
         take_in(opt, with_gradients=stage == 2)
 
@@ -136,7 +136,8 @@ class ShardedOptimizer(RunsParts):
     def _step_slices(self) -> None:
         if self._in_backward is not None:
             self._in_backward.check()
-            self._look_up(self._gradients.settle("step"))
+            stepping = self._gradients.settle("step")
+            self._look_up(stepping)
             self._gathering.begun()
         else:
             stepping = self._gradients.settle("step")
@@ -147,6 +148,7 @@ class ShardedOptimizer(RunsParts):
                 problem = self._not_recorded(stepping) if self._only_recorded else None
                 self._agreement.ask("step", False, problem)
             self._pipeline.step(stepping, self._separable, self._beside)
+        self._note_changed(stepping)
         self._gradients.consumed()
         self._consolidated = None
         self._agreement.stepped()
@@ -155,6 +157,12 @@ class ShardedOptimizer(RunsParts):
         if not self.overlap:
             self.synchronize()
         self.opt._opt_called = True  # type: ignore[attr-defined]  # what a scheduler built on it looks for
+
+    def _note_changed(self, stepping: Sequence[int]) -> None:
+        """Let autograd refuse a backward pass through what was computed before, which would read the new values."""
+        changed = [self._buffers.params[i] for i in stepping]
+        parts = map(part_of, changed) if self._spread.groups else ()
+        torch.autograd.graph.increment_version([*changed, *parts])
 
     def _look_up(self, stepping: Sequence[int]) -> None:
         """Raise if a parameter without a gradient has been replaced in the model, now or (on this rank only) later."""
@@ -186,10 +194,10 @@ class ShardedOptimizer(RunsParts):
     def synchronize(self) -> None:
         """Wait until the parameters that the last step has moved are complete on this rank.
 
-        Modules of the model wait by themselves when they are called, and so do `model.state_dict()`,
-        `model.load_state_dict()`, copying or pickling a module, `AveragedModel`, freezing and the next step. Call this
-        before anything else reads or writes a parameter, such as a norm for the log, or a function that is given
-        `layer.weight`; or pass `shard(..., overlap=False)`.
+        Modules of the model wait by themselves when they are called, and so do `model.parameters()`,
+        `model.state_dict()`, `model.load_state_dict()`, copying or pickling a module, `AveragedModel`, freezing and the
+        next step. Call this before anything else reads or writes a parameter, such as a function that is given
+        `layer.weight`, or a loop over the groups of an optimizer; or pass `shard(..., overlap=False)`.
         """
         self._gathering.synchronize()
 
@@ -214,7 +222,7 @@ class ShardedOptimizer(RunsParts):
         return self._index.keys() <= params
 
     def forget_gradients(self) -> None:
-        """Drop reduced gradients, which are not in `p.grad`; `model.zero_grad()` calls it, see forgetting.py."""
+        """Drop reduced gradients, which are not in `p.grad`; `model.zero_grad()` calls it, see zero_grad.py."""
         self._refuse_before_step("zero_grad()")
         self._gradients.clear()
 
@@ -275,7 +283,7 @@ class ShardedOptimizer(RunsParts):
 
     @torch.no_grad()
     def unscale_grads_(self, inv_scale: Tensor, found_inf: Tensor, in_place: Callable[[], Found]) -> Found:
-        """What `GradScaler.unscale_` calls, see scaling.py. Collective: an inf on one rank is one on all."""
+        """What `GradScaler.unscale_` calls, see grad_scaler.py. Collective: an inf on one rank is one on all."""
         if self._in_backward is not None:
             raise refused("GradScaler, which unscales gradients and skips steps,", "Train in bfloat16 without a scaler")
         active = self._gradients.settle("unscale_")

@@ -10,8 +10,10 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import optimizer as torch_optimizer
 
+from .bare import bare_optimizer
 from .checks import group_number
 from .hypers import (
     GroupsView,
@@ -23,8 +25,8 @@ from .hypers import (
     same_tensor_everywhere,
     set_item_pg,
 )
-from .parts import box_of, is_spread
 from .pieces import Box
+from .spread import box_of, is_spread
 from .state import ParamState, flags_of
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -167,6 +169,11 @@ class _BaseOptimizer(torch.optim.Optimizer):
     def _check_hyper(self, name: str, value: Any, group: int) -> None:
         """Raise if `value` cannot be hyper `name`; the general optimizer takes everything."""
 
+    def _check_group(self, group: Mapping[str, Any], i: int) -> None:
+        """Raise if anything in `group`, which is or becomes the `i`-th, cannot be what it is."""
+        for name, value in {**group, **self._names.hypers(group)}.items():
+            self._check_hyper(name, value, i)
+
     def param_names(self) -> dict[Any, str]:
         """Names by parameter, where the groups carry names (`named_parameters()` was passed), else an empty dict."""
         return {
@@ -220,6 +227,9 @@ class _BaseOptimizer(torch.optim.Optimizer):
         """Freeze (`rg=False`) or unfreeze (`rg=True`) group `n` only.
 
         Parameters marked `force_train` stay trainable in a frozen group unless `ignore_force_train`.
+
+        Raises:
+            IndexError: there is no group `n`.
         """
         n_groups = len(self.param_groups)
         i = group_number(n, "set_freeze()")
@@ -286,15 +296,16 @@ class _BaseOptimizer(torch.optim.Optimizer):
         """Drop or zero the gradients.
 
         Args:
-            set_to_none: True drops them, False zeroes them in place. By default a gradient that autograd makes anew
-                is dropped, and one that was put on a tensor outside autograd is zeroed in place.
+            set_to_none: True drops them, False zeroes them in place. By default a gradient that autograd makes anew, or
+                left on a parameter that has been frozen, is dropped, and one that was put on a tensor outside autograd
+                is zeroed in place.
         """
         with torch.autograd.profiler.record_function(self._zero_grad_profile_name):
             for group in self.param_groups:
                 for p in tensors_of(group):
                     if p.grad is None:
                         continue
-                    if p.requires_grad if set_to_none is None else set_to_none:
+                    if p.requires_grad or isinstance(p, Parameter) if set_to_none is None else set_to_none:
                         p.grad = None
                     else:
                         p.grad.detach_() if p.grad.grad_fn is not None else p.grad.requires_grad_(False)
@@ -302,7 +313,8 @@ class _BaseOptimizer(torch.optim.Optimizer):
 
     def clear_state(self) -> None:
         """Forget all training state; the marks `force_train` and `do_wd` stay."""
-        self.state = ParamState.of((p, marks) for p, entry in self.state.items() if (marks := flags_of(entry)))
+        kept = ParamState.of((p, marks) for p, entry in self.state.items() if (marks := flags_of(entry)))
+        bare_optimizer(self).state = kept
 
     def boxes(self, p: Tensor, shape: tuple[int, ...]) -> list[Box]:
         """Which boxes of a state of `p` with global `shape` this process holds: all of it, or a part of a DTensor."""

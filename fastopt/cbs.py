@@ -9,7 +9,8 @@ state have the shape of `p` unless said otherwise. Three attributes describe a c
   part, and norms of the whole through `whole_norm`; `'whole'`: all of it. Where nothing is declared it is found by
   recording the chain: `'whole'` if that is not possible.
 - `like_param`: names of states that have the parameter's shape, so that a checkpoint of another shape is refused.
-- `dense`: True where sparse gradients are refused, before a step changes anything.
+- `dense`: True where sparse gradients are refused, before a step changes anything; or the name of a hyper-parameter:
+  where that is not 0 they are.
 
 Real and imaginary parts of complex parameters step by themselves, as in `torch.optim`; norms are of both.
 
@@ -35,7 +36,7 @@ State = dict[str, Any]
 
 
 def declare(
-    needs: str, defaults: dict[str, Any] | None = None, like_param: tuple[str, ...] = (), dense: bool = False
+    needs: str, defaults: dict[str, Any] | None = None, like_param: tuple[str, ...] = (), dense: bool | str = False
 ) -> Callable[[F_], F_]:
     """Attach the attributes that describe a cb, see the module's docstring."""
 
@@ -102,7 +103,7 @@ def weight_decay(p: Tensor, lr: Scalar, wd: Scalar, do_wd: bool = True, **kwargs
         p.data.mul_(1 - lr * wd)
 
 
-@declare("elementwise", defaults={"wd": 0.0})
+@declare("elementwise", defaults={"wd": 0.0}, dense="wd")
 def l2_reg(p: Tensor, lr: Scalar, wd: Scalar, do_wd: bool = True, **kwargs: Any) -> None:
     """L2 penalty: g <- g + wd * p, in the gradient itself, unless the parameter is marked `do_wd=False`."""
     if do_wd and (isinstance(wd, Tensor) or wd != 0):

@@ -10,14 +10,23 @@ from torch import Tensor
 
 _NOT_NEGATIVE = frozenset({"lr", "wd", "eps", "mom", "sqr_mom", "beta", "trust_coeff", "nu_1", "nu_2", "alpha"})
 
+#: Options of torch's optimizers that make another rule of them, and that nothing here has.
+_OF_TORCH = frozenset({"amsgrad", "centered", "dampening", "differentiable", "maximize", "nesterov"})
+
 
 def check_hyper(optimizer: str, name: str, value: Any, group: int, below_one: Collection[str] = ("sqr_mom",)) -> None:
     """Raise if `value` cannot be hyper `name` of a group. `below_one` names those that must be less than 1.
 
     Raises:
         TypeError: it is no number.
-        ValueError: it is negative, not a number (nan), or 1 and more where only less makes sense.
+        ValueError: it is negative, not a number (nan), 1 and more where only less makes sense, or an option of torch's
+            that would have no effect.
     """
+    if name in _OF_TORCH and value:
+        raise ValueError(
+            f"{optimizer}: {name} of group {group} is {value!r}, which has no effect here: leave it out, or keep "
+            f"torch's optimizer in fastopt.OptimWrapper"
+        )
     if name not in _NOT_NEGATIVE and name != "k":
         return
     if isinstance(value, Tensor) and value.numel() == 1:

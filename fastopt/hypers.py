@@ -1,4 +1,4 @@
-"""Hyper-parameters: how values become one per group, and the live views under the seed's names.
+"""Hyper-parameters: how values become one per group, and the live views under the callbacks' names.
 
 The stored truth is `param_groups`, with PyTorch's names (`betas`, `momentum`, `weight_decay`). A *name map* such as
 `{'betas__0': 'mom', 'weight_decay': 'wd'}` says which stored entry carries which hyper; `betas__0` is item 0 of the

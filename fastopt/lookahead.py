@@ -27,6 +27,10 @@ class Lookahead(AroundChain):
         opt: an optimizer of this library, or of torch (wrapped in `OptimWrapper`).
         k: steps between two synchronisations.
         alpha: step size of the slow weights.
+
+    Raises:
+        TypeError: `opt` is no optimizer with a chain, or evaluates the loss itself (LBFGS).
+        ValueError: `opt` is a Lookahead already, or `k` or `alpha` is out of range.
     """
 
     opt: Optimizer
@@ -112,5 +116,5 @@ class Ranger(Lookahead):
         super().__init__(inner, k, alpha)
 
 
-#: The name of the document that this library follows; a class like the others.
+#: fastai's spelling; a class like the others.
 ranger = Ranger

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -15,9 +16,11 @@ from .checks import check_clip
 from .engine import Choice, Engine, GroupWork, Needs, Programs, Reduce, chain_defaults, keywords, requested, undeclared
 from .groups import check_groups, collect_groups
 from .hypers import Group, group_values, pytorch_hp_map
-from .parts import Parts, any_spread, grad_norm, part_work, take
+from .norms import grad_norm
+from .parts import Parts, any_spread, part_work
 from .pieces import Pieces
-from .state import ParamState
+from .spread import take
+from .state import ParamState, warn_of_states_left
 from .state_dict import load_state_dict, make_state_dict
 from .watched import Watch, Watched
 
@@ -64,6 +67,7 @@ class Optimizer(_BaseOptimizer):
         "_warned_momentum",
     )
     _warned_momentum = False
+    _replaced = 0
     _counted: Counted | None = None
     cbs: tuple[Callable[..., Any], ...]
 
@@ -86,6 +90,7 @@ class Optimizer(_BaseOptimizer):
         if capturable is not False:
             defaults[CAPTURABLE] = capturable
         hypers = {**chain_defaults(self.cbs), **self._names.to_hypers(defaults)}
+        self._warn_of_typos(defaults)
         values = {name: group_values(name, value, len(groups)) for name, value in hypers.items()}
         # a group added later takes the last group's value: it is a new head more often than a new stem
         last = {name: per_group[-1] for name, per_group in values.items()}
@@ -116,6 +121,14 @@ class Optimizer(_BaseOptimizer):
                     stacklevel=4,
                 )
 
+    def _warn_of_typos(self, given: Iterable[str]) -> None:
+        """Say so where a hyper that no callback asks for is spelled nearly like one that some do."""
+        asked = {argument for cb in self.cbs for argument in keywords(cb)}
+        for name in given:
+            near = difflib.get_close_matches(name, asked, n=1, cutoff=0.8) if name not in {*asked, *self.hp_map} else []
+            if near and near[0] not in given:
+                warnings.warn(f"no callback asks for {name!r}, did you mean {near[0]!r}?", stacklevel=3)
+
     @outside_compile
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add one group, `{'params': ..., 'lr': ...}`; hyper-parameters that it lacks take the optimizer's defaults."""
@@ -123,8 +136,7 @@ class Optimizer(_BaseOptimizer):
             raise TypeError(f"a parameter group is a dict with 'params', got a {type(param_group).__name__}")
         (group,) = collect_groups([dict(param_group)])
         group.update(self._complete(group, self.defaults))
-        for name, value in self._names.hypers(group).items():
-            self._check_hyper(name, value, len(self.param_groups))
+        self._check_group(group, len(self.param_groups))
         check_groups([*self.param_groups, group])
         self.param_groups.append(Watched(self._watch, group))
 
@@ -234,6 +246,10 @@ class Optimizer(_BaseOptimizer):
         """Step whatever is there now, like the last step or not."""
         state = self.state if isinstance(self.state, ParamState) else None
         reads = 0 if state is None else state.reads
+        replaced = self._watch.written.get("params", 0)
+        if replaced != self._replaced:
+            self._replaced = replaced
+            warn_of_states_left(self.param_groups, self.state)
         work = list(self._work())
         if any(isinstance(value, str) for group in self.param_groups for value in group.values()):
             self._check_all_hypers()  # before the groups ahead of it have stepped
@@ -249,9 +265,8 @@ class Optimizer(_BaseOptimizer):
 
     def _check_all_hypers(self) -> None:
         """Raise if a hyper of any group cannot be one."""
-        for i in range(len(self.param_groups)):
-            for name, value in self.hypers_of(i).items():
-                self._check_hyper(name, value, i)
+        for i, group in enumerate(self.param_groups):
+            self._check_group(group, i)
 
     def _repeat(self, launch: bool) -> bool:
         """Make a step that is like the last one, with kernels or without; tells whether it was made."""

@@ -3,8 +3,9 @@
 Common arguments: `params` as for `Optimizer`; `lr`, `mom`, `wd`, ... a number, one per group or a slice; `decouple_wd`
 chooses `weight_decay` (the parameter is decayed) or `l2_reg` (the gradient is); `betas`, `momentum`, `alpha` and
 `weight_decay` are PyTorch's spellings of `(mom, sqr_mom)`, `mom`, `sqr_mom` and `wd`; `engine`, `master_weights` and
-`capturable` as for `Optimizer`. States have the shape and dtype of their parameter. A value out of range, or one
-given in both spellings, is a `ValueError` that names the hyper-parameter and the group.
+`capturable` as for `Optimizer`. Averages have the shape of their parameter, and its dtype or that of its master. A
+value out of range, or one given in both spellings, is a `ValueError`, one that is no number a `TypeError`; both name
+the hyper-parameter.
 """
 
 from __future__ import annotations

@@ -98,7 +98,13 @@ class Piece:
 
 
 class Pieces(tuple[Piece, ...]):
-    """This rank's pieces of one state, as a sharded optimizer's state dict shows them."""
+    """This rank's pieces of one state, as a sharded optimizer's state dict shows them.
+
+    Attributes:
+        only: the whole state, where no other rank holds any of it. They are pickled as that, and else not at all.
+    """
+
+    only: Tensor | None = None
 
     def whole(self, key: str) -> Tensor:
         """The state `key`, if one piece is all of it.
@@ -113,6 +119,20 @@ class Pieces(tuple[Piece, ...]):
             f"the state {key!r}{of} is the part of one rank: call consolidate_state_dict() on all ranks before "
             f"state_dict(), or save with fastopt.checkpoint.save, which loads into any optimizer"
         )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.only is not None:
+            return self.only.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        of = f" of {self[0].name!r}" if self else ""
+        raise TypeError(
+            f"a state{of} is spread over the ranks, and a pickle (torch.save) would keep one rank's part: call "
+            f"opt.consolidate_state_dict() on all ranks before opt.state_dict(), or save with fastopt.checkpoint.save"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pieces:
+        made = Pieces(copy.deepcopy(piece, memo) for piece in self)
+        made.only = copy.deepcopy(self.only, memo)
+        return made
 
     def __create_write_items__(self, fqn: str, value: object) -> list[Any]:
         # What torch.distributed.checkpoint asks of values that say themselves how they are saved.
@@ -136,13 +156,14 @@ class Flat(tuple[Piece, ...]):
 class NamedState(dict[str, Any]):
     """A state dict of an optimizer that also knows its parameters: `params` has name, global shape and dtype of each.
 
-    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows, nor does a
-    pickled one: that is a mapping of a kind which `torch.load(weights_only=True)` takes.
+    The order is that of the numbers by which the state dict calls them. A plain copy of it no longer knows, nor one
+    built as `type(state)(entries)`, which others do with any kind of dict, nor a pickled one: that is a mapping of a
+    kind which `torch.load(weights_only=True)` takes.
     """
 
     params: list[tuple[str, Shape, torch.dtype]]
 
-    def __init__(self, packed: Mapping[str, Any], params: Iterable[tuple[str, Shape, torch.dtype]]) -> None:
+    def __init__(self, packed: Mapping[str, Any], params: Iterable[tuple[str, Shape, torch.dtype]] = ()) -> None:
         super().__init__(packed)
         self.params = list(params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
@@ -156,6 +157,20 @@ for _name in (
     "__getitem__", "__iter__", "__eq__", "__ne__", "__or__", "__ror__", "__repr__", "get", "items", "values", "copy"
 ):  # fmt: skip
     setattr(Entry, _name, settled(getattr(dict, _name), _before_reading))
+
+
+def warn_of_states_left(groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Say so where states and marks are of parameters that somebody has replaced by others in the groups."""
+    members = {id(p) for group in groups for p in group["params"]}
+    left = [entry for p, entry in state.items() if id(p) not in members]
+    marked = sum(1 for entry in left if flags_of(entry))
+    if left:
+        warnings.warn(
+            f"the state has entries of {len(left)} parameters that are in no group any more, {marked} with marks "
+            f"(do_wd, force_train), which have no effect: others have replaced those parameters in the groups, as "
+            f"Accelerate's prepare does with FSDP2. Set marks and load states after that",
+            stacklevel=7,
+        )
 
 
 def flags_of(entry: Mapping[str, Any]) -> dict[str, Any]:

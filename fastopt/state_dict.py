@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from .bare import bare_optimizer
 from .engine.describe import attribute, keywords
 from .engine.master import MASTER
 from .hypers import Group, same_tensor_everywhere
-from .parts import shown_state
+from .spread import shown_state
 from .state import FLAGS, ParamState, flags_of
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def pack(groups: list[Group], state: Mapping[Any, Mapping[str, Any]]) -> dict[st
 
 def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Replace state, hyper-parameters and freezing of `opt`; nothing changes if `state_dict` does not fit."""
+    opt = bare_optimizer(opt)
     found = resolved(opt, state_dict)
     if not isinstance(found, Mapping):
         raise TypeError(f"load_state_dict takes what state_dict() gave, got a {type(found).__name__}")
@@ -68,6 +70,8 @@ def load_state_dict(opt: Optimizer, state_dict: Mapping[str, Any]) -> None:
     params = match_params(opt.param_groups, saved_groups)
     state = _loaded_state(opt, state_dict["state"], params)
     groups = [_loaded_group(live, saved) for live, saved in zip(opt.param_groups, saved_groups, strict=True)]
+    for i, group in enumerate(groups):
+        opt._check_group(group, i)
     changed = [i for i, g in enumerate(groups) if bool(g.get("frozen")) or bool(g.get("frozen")) != opt.is_frozen(i)]
     opt._check_freezable(changed)
     _keep_lr_tensors(opt.param_groups, groups)

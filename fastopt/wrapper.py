@@ -92,6 +92,7 @@ class OptimWrapper(AroundChain):
 
     Raises:
         ValueError: neither or both of `params` and a built optimizer.
+        TypeError: `opt` is neither a torch optimizer nor something that can be called.
     """
 
     _kept: ClassVar[tuple[str, ...]] = (*AroundChain._kept, "_warned")

@@ -198,6 +198,9 @@ def main(arguments: Sequence[str]) -> int:
     except DemoError as error:
         say(f"demo failed: {error}")
         return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 128 + signal.SIGINT
     say(f"done in {time.monotonic() - started:.0f} seconds")
     return 0
 

@@ -34,7 +34,8 @@ KILLS = """
 ## kill -9
 
 One to three ranks save step after step, in 2 of 5 rounds in the background. One of them, or all, are killed at a
-random moment of the first to third save; the next round saves the lost step again, beside what the dead left behind.
+random moment of the first to third save, every other time near its end; the next round saves the lost step again,
+beside what the dead left behind.
 Each time the newest checkpoint was loaded: it was whole, and the step whose save was interrupted or the one before.
 Each rank that survived raised an error.
 

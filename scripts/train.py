@@ -10,6 +10,7 @@ sentence says what); 1 anything else.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         config = parse(arguments)
         if config.check:
-            check_data(config)
+            check_places(config)
         else:
             train(config)
     except JobError as error:
@@ -32,12 +33,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def check_data(config: Config) -> None:
-    """Look for the files of --data, so that a wrong path is told before any rank starts."""
-    if config.data:
-        from job.data import find_sources
+def check_places(config: Config) -> None:
+    """Look at the text and at what is written to, so that mistakes are told before any rank starts."""
+    if config.metrics:
+        from job.metrics import MetricsFile
 
-        find_sources(config.data)
+        MetricsFile(config.metrics)
+    if not (config.checkpoint or config.data or config.data_limit != Config.data_limit):
+        return
+    from job.data import read_corpus
+    from job.ranks import alone
+    from job.saving import Checkpoints
+
+    corpus = read_corpus(config.data, config.data_limit, config.context)
+    from fastopt.checkpoint import CheckpointError
+
+    try:
+        Checkpoints(config, alone(), corpus.fingerprint).find()
+    except CheckpointError as error:
+        raise JobError(str(error)) from error
 
 
 def train(config: Config) -> None:
@@ -67,6 +81,8 @@ def run_and_leave(arguments: Sequence[str]) -> None:
         code = main(arguments)
     except SystemExit as leaving:  # --help
         sys.exit(leaving.code)
+    except KeyboardInterrupt:  # before there was a step to finish
+        code = 128 + signal.SIGINT
     except Exception:
         print(f"rank {os.environ.get('RANK', '0')}:", traceback.format_exc(), file=sys.stderr)
         code = 1

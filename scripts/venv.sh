@@ -19,9 +19,8 @@ case $1 in
   clients)
     venv=$root/.venv-clients
     files=("$root"/{pyproject.toml,constraints.txt,requirements-clients.txt})
-    # The list is complete, so that pip need not look for more (it says why). Of these libraries the tests import little:
-    # what they do is compiled on the way.
-    packages=(--no-deps --no-compile --editable "$root" --requirement "$root/requirements-clients.txt")
+    # The list is complete, so that pip need not look for more (it says why).
+    packages=(--no-deps --editable "$root" --requirement "$root/requirements-clients.txt")
     ;;
 esac
 python=$venv/bin/python
@@ -70,10 +69,11 @@ install() {
     printf 'Bringing %s up to date.\n' "${venv##*/}" >&2
     printf 'unfinished\n' >"$stamp"
   fi
+  # --no-compile: most modules of these packages are never imported; the others are compiled when they first are.
   # What pip says matters only when it fails: many of its warnings are about this machine and not about us. The end of
   # it has the reason, which --quiet would leave out where versions conflict.
   PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore "$python" -m pip install --progress-bar off --no-input \
-    "${packages[@]}" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
+    --no-compile "${packages[@]}" --constraint "$root/constraints.txt" >"$log" 2>&1 || code=$?
   if ((code)); then
     tail -n 30 "$log" >&2
     # A pip that was killed may leave half of a package behind, one that gave up does not.
@@ -93,3 +93,6 @@ if ! installed; then
     installed || install
   ) || exit
 fi
+
+# What a process has compiled is there for the next ones, of which the tests start hundreds.
+unset PYTHONDONTWRITEBYTECODE

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +47,20 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {str(TESTS / name): number for number, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(str(item.path), len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """The modules and tests stay until the end: no collection of garbage need look through them."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A test leaves the handlers of signals as they were: children of later tests would inherit others."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    yield
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,11 @@ def blocks(page: str, section: str | None = None) -> list[Block]:
     return [block for block in found if section in (None, block.section)]
 
 
+def examples(page: str, section: str) -> list[Block]:
+    """The blocks of a section that run as they stand there, which excerpts do not."""
+    return [block for block in blocks(page, section) if block.kind != "excerpt"]
+
+
 def on_ranks(code: str, ranks: int, folder: Path) -> str:
     """What `code` prints on that many ranks, with the environment that torchrun gives them."""
     (folder / "example.py").write_text(code)

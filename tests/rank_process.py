@@ -54,6 +54,7 @@ class Raised:
 def main(seat: Seat, tasks: Connection) -> None:
     """Serves pickled `(fn, args)` from `tasks` until it closes. Never returns: see `_leave`."""
     multiprocessing.current_process().daemon = False  # ended with its pool all the same, but may start processes
+    gc.freeze()  # what the fork server has imported stays, nobody need look through it
     os.setsid()  # a process group of its own: the pool kills it together with whatever `fn` has started
     _write_into(seat.log)
     faulthandler.enable()

@@ -42,10 +42,12 @@ SHOWN = 40_000
 """Characters of each rank's output in a failure, counted from the end."""
 
 # A fresh interpreter needs four seconds for torch, on each rank. A fork server has imported it once (in a process with
-# one thread and no process group, so that forking is safe), and starts a rank in twenty milliseconds.
+# one thread and no process group, so that forking is safe), and starts a rank in twenty milliseconds. What fastopt
+# itself imports, some of it only at its first step, is a third of a second more.
 _context = multiprocessing.get_context("forkserver")
+_PRELOADED = "torch torch.distributed torch._dynamo fsspec safetensors.torch pytest hypothesis"
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "fsspec", "safetensors.torch", "pytest", "hypothesis"]
+    [*_PRELOADED.split(), "fastopt.api", "fastopt.distributed", "fastopt.checkpoint", "llvmlite.binding", "llvmlite.ir"]
 )
 
 

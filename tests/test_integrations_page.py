@@ -23,7 +23,7 @@ def test_every_section_has_its_examples_run() -> None:
     sections = {block.section for block in blocks(PAGE)} - {HERE}
     run = set()
     for file in (ROOT / "tests" / "clients").glob("test_*.py"):
-        run |= set(re.findall(r'blocks\("docs/integrations.md", "(.*?)"\)', file.read_text()))
+        run |= set(re.findall(r'(?:blocks|examples)\("docs/integrations.md", "(.*?)"\)', file.read_text()))
     assert sections == run
 
 

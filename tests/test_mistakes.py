@@ -13,7 +13,7 @@ from torch import nn
 
 from fastopt import Adam, Optimizer, average_grad
 from fastopt.checkpoint import Checkpointer, CheckpointError, load, save
-from fastopt.checkpoint.export import export_hf
+from fastopt.checkpoint.offline.export import export_hf
 from fastopt.distributed import shard
 from fastopt.distributed.plan import plan
 
@@ -41,7 +41,19 @@ def narrow_cb(model: nn.Module, opt: Adam) -> None:
     Optimizer(model.parameters(), [average_grad, narrow], lr=0.1).step()
 
 
+def torchs_state(model: nn.Module, opt: Adam) -> None:
+    layers: Any = model
+    theirs = torch.optim.Adam([{"params": [*layer.parameters()]} for layer in layers], maximize=True)
+    opt.load_state_dict(theirs.state_dict())
+
+
 MISTAKES: dict[str, tuple[Callable[[Any, Any], Any], type[Exception], str]] = {
+    "torch's option in a new group": (
+        lambda m, o: o.add_param_group({"params": [torch.ones(1)], "amsgrad": True}),
+        ValueError,
+        "amsgrad of group 2 is True, which has no effect here: leave it out, or keep torch's optimizer in",
+    ),
+    "torch's option in a state dict": (torchs_state, ValueError, "maximize of group 0 is True, which has no effect"),
     "a hyper that is text": (bad_lr, TypeError, "lr of group 1 is '0.1', expected a number"),
     "a cb without **kwargs": (narrow_cb, TypeError, "narrow has no argument .*'mom', .* add \\*\\*kwargs"),
     "slice of text": (lambda m, o: o.set_hyper("lr", slice("a", "b")), ValueError, "lr=slice.* of numbers"),

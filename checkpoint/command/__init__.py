@@ -17,8 +17,9 @@ def checkpoint() -> None:
     """Look at checkpoints, check them, and make others of them.
 
     URL is the folder of a run, or that of one step in it (/data/run1/step-00001000): a path, s3://..., or anything else
-    that fsspec knows. Without a step it is the newest complete checkpoint. Exit codes: 0 all is well; 1 the answer is
-    no (damaged, different, nothing there); 2 it could not be done, and a sentence says why.
+    that fsspec knows. Without a step it is the newest complete checkpoint; verify takes the newest, damaged or not.
+    Exit codes: 0 all is well; 1 the answer is no (damaged, different, nothing there); 2 it could not be done, and a
+    sentence says why.
 
     \b
     Example:  fastopt checkpoint verify s3://bucket/run1

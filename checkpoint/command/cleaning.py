@@ -6,10 +6,12 @@ import sys
 
 import click
 
-from ...command.answers import Failed, Number, as_json
+from ...command.answers import Failed, Number, as_json, say_no
 from ...command.printing import print_json, print_table, say
+from ..catalog import step_numbers
+from ..errors import CheckpointError
+from ..io.storage import open_storage
 from ..retention import GRACE, Plan, carry_out, plan_prune
-from ..storage import open_storage
 from . import places
 
 
@@ -39,6 +41,8 @@ def prune(
     if at.step is not None:
         raise click.UsageError("prune works on all checkpoints of a run: give it the folder above the steps")
     storage = open_storage(at.root)
+    if not step_numbers(storage):
+        raise CheckpointError(f"there is no checkpoint at {storage.url}")
     plan = plan_prune(storage, keep_last, keep_every, grace * 3600)
     if not as_json:
         _print(plan)
@@ -46,7 +50,9 @@ def prune(
     if work and not yes:
         if as_json or not sys.stdin.isatty():
             raise Failed("nothing was removed: there is nobody to ask; pass --yes to remove, or --dry-run")
-        click.confirm("Remove?", abort=True, err=True)
+        if not click.confirm("Remove?", err=True):
+            say("nothing was removed")
+            say_no()
         plan = plan.within(plan_prune(storage, keep_last, keep_every, grace * 3600))  # a job may have saved meanwhile
     if work:
         carry_out(storage, plan)

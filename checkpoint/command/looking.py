@@ -14,12 +14,12 @@ from ...command.answers import as_json, say_no
 from ...command.printing import Size, print_json, print_table, say
 from ...pieces import Shape
 from ..catalog import Found, find, survey
-from ..dtypes import DTYPES
 from ..errors import CheckpointError
-from ..manifest import from_bytes
-from ..records import MANIFEST, Manifest, StoredTensor, part_of, rank_of
-from ..storage import open_storage
-from ..values import decode
+from ..format.dtypes import DTYPES
+from ..format.manifest import from_bytes
+from ..format.records import MANIFEST, Manifest, StoredTensor, part_of, rank_of
+from ..format.values import decode
+from ..io.storage import open_storage
 from . import places
 
 

@@ -6,10 +6,10 @@ import click
 
 from ...command.answers import Number, as_json
 from ...command.printing import print_json, progress, say
-from ..dtypes import DTYPES
-from ..export import export_hf as write_hf
-from ..storage import open_storage
-from ..whole import consolidate as write_whole
+from ..format.dtypes import DTYPES
+from ..io.storage import open_storage
+from ..offline.consolidation import consolidate as write_whole
+from ..offline.export import export_hf as write_hf
 from . import places
 
 

@@ -53,4 +53,4 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 url = click.argument("url")
-step = click.option("--step", type=click.IntRange(0), help="The step; by default the newest complete one.")
+step = click.option("--step", type=click.IntRange(0), help="The step; by default the newest.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..dtypes import DTYPES
 from ..errors import CheckpointError
-from ..records import Manifest, part_of, rank_of
+from ..format.dtypes import DTYPES
+from ..format.records import Manifest, part_of, rank_of
 
 _MANY = 4000  # pieces that are drawn one by one; more of them are added up by part
 

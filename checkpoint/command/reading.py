@@ -9,10 +9,10 @@ import click
 from ...command.answers import as_json, say_no
 from ...command.printing import Size, print_json, print_table, progress, say
 from ..catalog import survey
-from ..difference import diff as find_differences
 from ..errors import CheckpointError
-from ..records import MANIFEST
-from ..storage import open_storage
+from ..format.records import MANIFEST
+from ..io.storage import open_storage
+from ..offline.difference import diff as find_differences
 from ..verifying import Verified
 from ..verifying import verify as verify_one
 from . import places
@@ -22,14 +22,15 @@ from . import places
 @places.url
 @places.step
 @click.option("--all", "everything", is_flag=True, help="Every checkpoint under URL that has a manifest.")
-@click.option("--no-mark", is_flag=True, help="Leave no note beside a sound checkpoint.")
+@click.option("--no-mark", is_flag=True, help="Leave no note of what was found.")
 @as_json
 @places.command
 def verify(url: str, step: int | None, everything: bool, no_mark: bool, as_json: bool) -> None:
     """Read every byte of a checkpoint and compare it with its checksum.
 
-    A sound checkpoint gets a note beside it, so that no pruning removes the newest of these. Exit code 1 where anything
-    is damaged, with file, bytes and tensor.
+    Without a step: the newest that was completed, damaged since or not. A sound checkpoint gets a note beside it, so
+    that no pruning removes the newest of these; a damaged one gets a note that makes it count as not complete. Exit
+    code 1 where anything is damaged, with file, bytes and tensor.
 
     \b
     Example:  fastopt checkpoint verify s3://bucket/run1 --all

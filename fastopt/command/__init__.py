@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -12,6 +11,7 @@ import click
 
 from .. import __version__
 from .answers import Failed
+from .ending import ended_by_others
 
 
 class Place(NamedTuple):
@@ -34,15 +34,19 @@ COMMANDS = {
 class Commands(click.Group):
     """A group whose commands are names and short helps, which help and completion show, until one of them runs."""
 
+    @ended_by_others()
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options; --help and --version end here."""
+        return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. What the system refuses is one sentence."""
         if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
             sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
         try:
-            return super().invoke(ctx)
+            with ended_by_others():
+                return super().invoke(ctx)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # who reads has enough: `| head`
-                raise
             raise Failed(f"{type(error).__name__}: {error}") from error
 
     def resolve_command(

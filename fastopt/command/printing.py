@@ -18,10 +18,16 @@ from rich.text import Text
 _WIDE = 200  # columns where nobody says how many there are, so that programs get a row per line
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command how it ends."""
+        raise  # the error that this is called for
+
+
 def console() -> Console:
     """Writes to stdout as it is now."""
     terminal = sys.stdout.isatty()
-    return Console(file=sys.stdout, width=None if terminal else _WIDE, highlight=False, soft_wrap=not terminal)
+    return _Console(file=sys.stdout, width=None if terminal else _WIDE, highlight=False, soft_wrap=not terminal)
 
 
 def say(text: str) -> None:
@@ -43,7 +49,7 @@ def _strict(value: Any) -> Any:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
-    """A table; columns of numbers (`int`, and sizes as `bytes_text` gives them) to the right."""
+    """A table; columns of numbers (`int`, `float` and `Size`) to the right."""
     table = Table(box=box.SIMPLE, title=title, title_justify="left", pad_edge=False, show_edge=False)
     for number, column in enumerate(columns):
         right = bool(rows) and all(isinstance(row[number], int | float | Size) for row in rows)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from ..engine.native import compiler, status
+from ..engine.cohorts.native import compiler, status
 from ..machine import cpu_name, cpus
 from .findings import Finding
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import fsspec
 import torch
 
 from ..checkpoint import load, save
+from ..checkpoint.io.storage import open_storage
 from .findings import Finding, sentence
 
 STORES = {"s3": "s3fs", "gs": "gcsfs", "abfs": "adlfs", "oci": "ocifs", "oss": "ossfs"}
@@ -37,17 +39,40 @@ def _store(protocol: str, package: str) -> Finding:
 
 
 def under(url: str) -> Finding:
-    """A round trip in a new folder under `url`, which is removed afterwards."""
+    """A round trip in a new folder under `url`. What was made for it is removed, also when Ctrl-C ends it."""
     place = f"{url.rstrip('/')}/fastopt-doctor-{uuid.uuid4().hex}"
-    found = round_trip(url, place)
+    found, problem = Finding("stores", url, "broken", "interrupted"), ""
+    new = _missing(place)
+    try:
+        found = round_trip(url, place)
+    finally:
+        try:
+            _remove(place, new)
+        except Exception as error:  # whatever the store raises
+            problem = f"{place} cannot be removed: {sentence(error)}"
+    return Finding("stores", url, "broken", f"{found.text}, but {problem}") if problem else found
+
+
+def _missing(place: str) -> list[str]:
+    """The folders above `place` that are not there yet, the innermost first."""
     try:
         fs, path = fsspec.core.url_to_fs(place)
-        if fs.exists(path):
-            fs.rm(path, recursive=True)
-    except Exception as error:  # whatever the store raises
-        if found.state == "ok":
-            return Finding("stores", url, "broken", f"{found.text}, but {place} cannot be removed: {sentence(error)}")
-    return found
+        above = [parent := fs._parent(path)]
+        while parent != (parent := fs._parent(parent)):
+            above.append(parent)
+        return [fs.unstrip_protocol(folder) for folder in itertools.takewhile(lambda f: not fs.exists(f), above)]
+    except Exception:  # whatever the store raises, the round trip will meet it again
+        return []
+
+
+def _remove(place: str, new: Sequence[str]) -> None:
+    """Remove what is at `place`, and the folders `new` where nothing else has come into them."""
+    fs, path = fsspec.core.url_to_fs(place)
+    fs.invalidate_cache()
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    for folder in new:
+        open_storage(folder).remove_folder("")
 
 
 def round_trip(name: str, place: str) -> Finding:

@@ -2,8 +2,8 @@
 
 from .choice import Choice, requested
 from .describe import Needs, cb_name, chain_defaults, chain_needs, keywords, undeclared
-from .eager import run_eager
-from .program import Program, Programs
+from .executors.eager import run_eager
+from .recording.program import Program, Programs
 from .run import Engine, executor_for
 from .work import GroupWork, Reduce
 

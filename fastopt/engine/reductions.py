@@ -16,8 +16,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from .methods import recorded_norm
-from .recorder import RecordedTensor
+from .recording.methods import recorded_norm
+from .recording.recorder import RecordedTensor
 from .work import Reduce
 
 # Per thread: two threads may train two models.

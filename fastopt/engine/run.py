@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -11,19 +12,22 @@ from torch import Tensor
 from ..hypers import Group
 from ..state import Entry, ParamState
 from ..watched import watch_of
-from .blocks import run_blocks
-from .chain import Chain
 from .choice import DEFAULT, NOT_COMPILED, WITHOUT_LLVM, Choice, requested
-from .describe import Needs, attribute, chain_needs, larger, undeclared
-from .eager import check_dense, run_eager
-from .llvm_compile import llvm_is_there
-from .llvm_run import can_run, run_llvm
+from .cohorts.look import count_change
+from .cohorts.plan import Cohort, make_cohorts
+from .cohorts.steady import Steady, Whole
+from .describe import Needs, attribute, cb_name, chain_needs, keywords, larger, undeclared
+from .executors.blocks import run_blocks
+from .executors.eager import check_dense, run_eager
+from .executors.llvm_compile import llvm_is_there
+from .executors.llvm_run import can_run, run_llvm
+from .executors.triton_run import TritonRuns, interpreted, triton_is_there
 from .master import add_masters
-from .plan import Cohort, make_cohorts
-from .program import Program
-from .steady import Steady, Whole
-from .triton_run import TritonRuns, interpreted, triton_is_there
+from .recording.chain import PARAM, Chain
+from .recording.program import Program
 from .work import GroupWork, Reduce
+
+_LISTS = frozenset({"params", "param_names"})
 
 #: Why a recording does not do for slices.
 NOT_ADDITIVE = "a reduction that cannot be added up over processes"
@@ -56,6 +60,7 @@ class Engine:
         self._whole: Whole | None = None
         #: Whether everything in the last step was recorded, so that no cb has received a tensor of the state.
         self.recorded = False
+        self._known_to_move = False
         self._as_it_is = 0  # how many more steps the chain runs as it is
 
     def run(
@@ -154,6 +159,9 @@ class Engine:
             self._note(work, "eager", AS_IT_IS)
             return
         cohorts, refused = make_cohorts(chain, work)
+        if not self._known_to_move:
+            self._known_to_move = True
+            _warn_of_no_effect(cbs, cohorts, refused)
         _only_kernels_replay(launch or not refused)
         if name is None and not recorded and _better_as_it_is(cohorts):
             self._as_it_is = _AGAIN
@@ -170,7 +178,7 @@ class Engine:
         self._used |= {index: executor for executor, some in ran for cohort in some for index in cohort.groups}
         if refused:  # all of the work where nothing was recorded, for a cb may step on everything at once
             run_eager(cbs, [group for group, _ in refused] if cohorts else work, reduce)
-        self._note(work, None, reason, refused)
+        self._note(work, None, reason, refused, name)
         self.recorded = not refused
         if not refused:
             if owner is not None:
@@ -218,7 +226,11 @@ class Engine:
         if steady is None:
             return False
         if whole.hypers_changed():
-            found = new_hypers(whole.written())
+            written = whole.written()
+            if not _are_plain(groups, written):
+                self._whole = None
+                return False
+            found = new_hypers(written)
             taken = found is not None and steady.put_hypers(found)
             if not taken and not steady.set_hypers({i: hypers_of(i) for i in steady.stepping()}):
                 return False
@@ -238,8 +250,7 @@ class Engine:
             idle: the parameters of groups that are not frozen that did not step.
         """
         watch = watch_of(groups)
-        plain = all(_is_plain(key, value) for group in groups for key, value in group.items())
-        if None in self._steady and watch is not None and plain:
+        if None in self._steady and watch is not None and _are_plain(groups, [None]):
             self._whole = Whole(groups, watch, state, idle)
 
     def _execute(
@@ -257,6 +268,9 @@ class Engine:
                 _only_kernels_replay(launch)
                 with torch.no_grad():
                     (run_llvm if executor == "llvm" else run_blocks)(here, reduce)
+            for cohort in here:
+                if _moves(cohort):
+                    count_change(cohort.params)
             used.append((executor, here))
         return used
 
@@ -281,7 +295,7 @@ class Engine:
             why = {group.index: text for group, text in refused}
             parts = _by_device(cohorts).values()
             used = {i: executor_of(part, name) for part in parts for cohort in part for i in cohort.groups}
-            expected = {g.index: _choice(g.index, why.get(g.index), reason, used) for g in missing}
+            expected = {g.index: _choice(g.index, why.get(g.index), name, reason, used) for g in missing}
         elif missing:
             expected = {g.index: Choice(g.index, "eager", reason) for g in missing}
         return tuple(self._ran.get(g.index) or expected[g.index] for g in work)
@@ -305,18 +319,35 @@ class Engine:
         executor: str | None,
         reason: str,
         refused: Sequence[tuple[GroupWork, str]] = (),
+        name: str | None = None,
     ) -> None:
         why = {group.index: text for group, text in refused}
         for group in work:
             if executor is not None:
                 self._ran[group.index] = Choice(group.index, executor, reason)
             else:
-                self._ran[group.index] = _choice(group.index, why.get(group.index), reason, self._used)
+                self._ran[group.index] = _choice(group.index, why.get(group.index), name, reason, self._used)
 
 
 def _only_recorded(recorded: bool, why: str) -> None:
     if recorded:
         raise RuntimeError(f"slices of parameters can be stepped by what is recorded only, but {why}")
+
+
+def _moves(cohort: Cohort) -> bool:
+    """Whether its parameters are written to."""
+    return any(out.place == PARAM for out in cohort.program.outputs)
+
+
+def _warn_of_no_effect(cbs: Sequence[Callable[..., Any]], cohorts: Sequence[Cohort], refused: Sequence[Any]) -> None:
+    """Say so where a chain has a learning rate and its first step, all of it recorded, moves no parameter."""
+    moves = refused or any(map(_moves, cohorts))
+    if cohorts and not moves and (asking := next((cb for cb in cbs if "lr" in keywords(cb)), None)) is not None:
+        warnings.warn(
+            f"this step has moved no parameter, though {cb_name(asking)} asks for lr: change p in place, as by "
+            f"p.data.sub_(...); p = p - ... only gives a name to a new tensor",
+            stacklevel=2,
+        )
 
 
 def _reduces(cohort: Cohort) -> bool:
@@ -331,9 +362,14 @@ def _operations(cohort: Cohort) -> int:
     return sum(node.whole and node.op != "input" for node in cohort.program.nodes)
 
 
-def _is_plain(key: str, value: Any) -> bool:
-    """Whether an entry of a group changes only by being replaced; its list of parameters is looked through."""
-    return key in ("params", "param_names") or isinstance(value, bool | int | float | str | None | tuple)
+def _are_plain(groups: Sequence[Group], keys: Sequence[str | None]) -> bool:
+    """Whether these entries of the groups, all of them with None, change only by being replaced. The lists of
+    parameters are looked through in every step."""
+    if None in keys:
+        kinds = {type(value) for group in groups for key, value in group.items() if key not in _LISTS}
+    else:
+        kinds = {type(group.get(key)) for key in keys if key is not None and key not in _LISTS for group in groups}
+    return all(issubclass(kind, bool | int | float | str | None | tuple) for kind in kinds)
 
 
 def _only_kernels_replay(possible: bool) -> None:
@@ -352,11 +388,13 @@ def _better_as_it_is(cohorts: Sequence[Cohort]) -> bool:
     return in_blocks and (any(map(_reduces, cohorts)) or all(_operations(cohort) < _MANY for cohort in cohorts))
 
 
-def _choice(index: int, refusal: str | None, reason: str, used: Mapping[int, str]) -> Choice:
+def _choice(index: int, refusal: str | None, name: str | None, reason: str, used: Mapping[int, str]) -> Choice:
     if refusal is not None:
         return Choice(index, "eager", refusal)
     if used.get(index) == "foreach" and reason == DEFAULT:
         return Choice(index, "foreach", NOT_COMPILED if llvm_is_there() else WITHOUT_LLVM)
+    if name is not None and used.get(index, name) != name:
+        return Choice(index, used[index], f"{name}, {reason}, cannot run it here")
     return Choice(index, used.get(index, "eager"), reason if index in used else "it has no parameters")
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ class Config:
     threads: int = 0
     """CPU threads per rank; 0 shares the cores out."""
     check: bool = False
-    """Only check the arguments and that --data names files, then exit."""
+    """Only check the arguments, the text and the places that are written to, then exit."""
 
     @property
     def rate(self) -> float | slice | None:
@@ -195,13 +196,21 @@ def check(config: Config) -> None:
         raise JobError(f"--mom must be at least 0 and below 1, got {config.mom}")
     if config.width % (2 * config.heads):
         raise JobError(f"--width must be a multiple of twice --heads, got {config.width} for {config.heads} heads")
-    if config.batch < config.accumulate:
-        raise JobError(f"--batch {config.batch} is too small for --accumulate {config.accumulate}: raise --batch")
+    check_shares(config.batch, int(os.environ.get("WORLD_SIZE", "1")), config.accumulate)
     if config.resume and not config.checkpoint:
         raise JobError("--resume needs --checkpoint URL, the place to resume from")
     if config.lr:
         parse_rate(config.lr)
     _ = config.unfreezing
+
+
+def check_shares(batch: int, world: int, accumulate: int) -> None:
+    """Raise a JobError if some rank would have no row in some micro-batch."""
+    if batch < world * accumulate:
+        raise JobError(
+            f"--batch {batch} cannot be shared by {world} rank{'s' * (world != 1)} with --accumulate {accumulate}: "
+            f"it must be at least {world * accumulate}"
+        )
 
 
 FIXED = ("data_limit", "batch", "context", "seed", "layers", "width", "heads", "opt")

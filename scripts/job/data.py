@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import check_shares
 from .errors import JobError
 
 VALIDATION_SHARE = 0.1
@@ -82,7 +83,7 @@ def find_sources(urls: Sequence[str]) -> list[Source]:
     for url in urls:
         try:
             found = _find(url)
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # a store of fsspec may raise anything
             raise JobError(f"--data {url} cannot be read: {error}") from error
         if not found:
             raise JobError(f"--data {url} matches no file")
@@ -150,7 +151,7 @@ def read_corpus(urls: Sequence[str], limit: int, context: int) -> Corpus:
             text, train_files = _gather(sources, train_ids, limit)
             cut = text.numel() - int(text.numel() * VALIDATION_SHARE)
             train, val, val_files = text[:cut].clone(), text[cut:].clone(), train_files
-    except OSError as error:
+    except Exception as error:
         raise JobError(f"a file of --data cannot be read: {error}") from error
     for side, part in (("train", train), ("validation", val)):
         if part.numel() <= context:
@@ -172,11 +173,7 @@ def cut_rows(text: Tensor, starts: Sequence[int], context: int) -> Tensor:
 def shares(batch: int, world: int, accumulate: int) -> list[list[range]]:
     """Rows of the global batch per micro-batch and rank, `[accumulate][world]`: contiguous and as even as can be."""
     parts = world * accumulate
-    if batch < parts:
-        raise JobError(
-            f"--batch {batch} cannot be shared by {world} ranks with --accumulate {accumulate}: "
-            f"it must be at least {parts}"
-        )
+    check_shares(batch, world, accumulate)
     edges = [batch * i // parts for i in range(parts + 1)]
     ranges = [range(a, b) for a, b in itertools.pairwise(edges)]
     return [ranges[i * world : (i + 1) * world] for i in range(accumulate)]

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,11 @@ class Ranks:
             raise JobError(complaint)
         made: T = value
         return made
+
+
+def alone() -> Ranks:
+    """This process by itself, on the CPU."""
+    return Ranks(rank=0, world=1, local_world=1, device=torch.device("cpu"), attempt=0)
 
 
 def connect() -> Ranks:
@@ -124,12 +129,21 @@ def share_cores(ranks: Ranks, threads: int) -> int:
 
 
 class StopRequest:
-    """Remembers that SIGTERM or SIGINT came, so that the step under way is finished first."""
+    """Remembers that SIGTERM or SIGINT came, so that the step under way is finished first.
+
+    With `with` it does so until the end of the block, otherwise until the process ends.
+    """
 
     def __init__(self) -> None:
         self.name = ""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from fastopt.checkpoint import Checkpoint, Entry
+    from fastopt.checkpoint.io.storage import Storage
 
 
 class Checkpoints:
@@ -67,10 +68,10 @@ class Checkpoints:
 
     def _newest(self) -> Entry | None:
         """The newest complete checkpoint. An error where there are some, all damaged: no reason to begin anew."""
-        from fastopt.checkpoint import catalog, latest, storage
+        from fastopt.checkpoint import catalog, latest
 
+        place = open_place(self.url)
         newest = latest(self.url)
-        place = storage.open_storage(self.url)
         if newest is None and catalog.newest_completed(place) is not None:
             catalog.find(place, None)
         return newest
@@ -81,6 +82,18 @@ class Checkpoints:
 
         checkpoint.load(self.url, model=model, opt=opt, scheduler=scheduler, step=step)
         self.newest_step = step
+
+
+def open_place(url: str) -> Storage:
+    """The storage at `url`, with its folder. A JobError where nothing could be saved there, before any step is made."""
+    from fastopt.checkpoint.io import storage
+
+    try:
+        place = storage.open_storage(url)
+        place.make_folder("")
+    except Exception as error:  # a store of fsspec may raise anything
+        raise JobError(f"--checkpoint {url} cannot be written: {error}") from error
+    return place
 
 
 def _extra(found: Checkpoint) -> dict[str, Any]:

@@ -137,5 +137,18 @@ What else is promised:
                                                     test_staging.test_every_gpu_that_is_copied_from_is_waited_for
     clocks that jump                                test_retention.test_a_clock_that_has_jumped_makes_no_running_save_old
     late listings, as of NFS                        test_surprises.test_what_appears_late_in_a_listing_is_waited_for
+    a server that is away for a moment, or long     test_corners.test_a_server_that_was_away_for_a_moment_is_no_damage, test_corners.test_a_folder_out_of_reach_is_no_empty_one,
+                                                    test_retries.test_a_storage_that_never_answers_is_given_up
+    links, and paths that look like URLs            test_corners.test_a_step_that_lies_elsewhere_behind_a_link, test_corners.test_links_that_lead_nowhere_are_not_ours,
+                                                    test_corners.test_what_is_no_url_is_a_path
+    forks and handlers of signals during a save     test_corners.test_a_worker_that_is_forked_during_a_save_ends,
+                                                    test_corners.test_a_save_in_the_middle_of_a_save_is_refused
+    ranks in different numbers of groups            test_corners.test_ranks_may_be_in_different_numbers_of_groups
+    ranks whose schedules or loss scales differ     test_corners.test_ranks_that_disagree_on_schedule_or_loss_scale_hear_of_it
+    extra changes during a save                     test_corners.test_changes_of_extra_do_not_leak_in
+    a damaged file that several checkpoints use     test_corners.test_nothing_is_taken_from_a_file_found_damaged_by_way_of_another_checkpoint
+    a failed save over a damaged checkpoint         test_corners.test_a_save_that_fails_leaves_a_damaged_checkpoint_of_its_step_as_it_was
+    activation checkpointing, tensors of tensors    test_corners.test_activation_checkpointing_may_be_switched_on_or_off,
+                                                    test_corners.test_a_tensor_that_is_made_of_others_is_named_before_anything_changes
     the benchmark measures what it says             scripts.test_bench_checkpoint.test_everybody_has_saved_and_loaded
 """  # noqa: E501

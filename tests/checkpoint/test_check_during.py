@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, load, reading, save, storage
-from fastopt.checkpoint.into_opt import OptTarget
-from fastopt.checkpoint.storage import LocalStorage
+from fastopt.checkpoint import Checkpointer, CheckpointError, load, save
+from fastopt.checkpoint.io import storage
+from fastopt.checkpoint.io.storage import LocalStorage
+from fastopt.checkpoint.loading import reading
+from fastopt.checkpoint.loading.optimizer_target import OptTarget
 from fastopt.distributed import shard
 
 from ..ranks import RankPool

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, steps, storage
-from fastopt.checkpoint.manifest import from_bytes
-from fastopt.checkpoint.staging import Staging
+from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, steps
+from fastopt.checkpoint.format.manifest import from_bytes
+from fastopt.checkpoint.io import storage
+from fastopt.checkpoint.saving.staging import Staging
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
@@ -39,7 +40,7 @@ class Gate(storage.LocalStorage):
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Saves that stop before their first file until the event is set."""
-    monkeypatch.setattr("fastopt.checkpoint.saving.open_storage", lambda url: Gate(str(url)))
+    monkeypatch.setattr("fastopt.checkpoint.saving.saving.open_storage", lambda url: Gate(str(url)))
     Gate.opened.clear()
     return Gate.opened
 
@@ -131,7 +132,8 @@ def test_an_error_is_logged_at_once_and_raised_by_the_next_call(
 def test_the_process_waits_for_a_save_before_it_ends(tmp_path: Path) -> None:
     program = f"""
 import time, torch
-from fastopt.checkpoint import Checkpointer, storage
+from fastopt.checkpoint import Checkpointer
+from fastopt.checkpoint.io import storage
 write = storage.write
 storage.write = lambda *args: (time.sleep(0.5), write(*args))
 Checkpointer({str(tmp_path)!r}).save(1, model=torch.nn.Linear(3, 3))
@@ -214,7 +216,7 @@ def test_ranks_save_in_the_background_and_hear_of_each_others_errors(
 
 
 def test_frozen_parts_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastopt.checkpoint.writing.LEAST_REUSED", 100)
+    monkeypatch.setattr("fastopt.checkpoint.saving.writing.LEAST_REUSED", 100)
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 10))
     opt = Adam([model[0].parameters(), model[1].parameters()], lr=0.1)
 

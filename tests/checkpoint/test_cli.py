@@ -21,9 +21,9 @@ from torch import nn
 from fastopt.checkpoint import CheckpointError, load, save, steps, verify
 from fastopt.checkpoint.catalog import verified_mark
 from fastopt.checkpoint.command.places import Place, command, place
-from fastopt.checkpoint.export import export_hf
-from fastopt.checkpoint.storage import LocalStorage
-from fastopt.checkpoint.whole import consolidate
+from fastopt.checkpoint.io.storage import LocalStorage
+from fastopt.checkpoint.offline.consolidation import consolidate
+from fastopt.checkpoint.offline.export import export_hf
 from fastopt.command import main
 
 from ..commands import ROOT
@@ -257,7 +257,7 @@ def test_prune(broken: Path) -> None:
 
 
 def test_a_job_that_saves_while_prune_asks_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastopt.checkpoint.writing.LEAST_REUSED", 100)
+    monkeypatch.setattr("fastopt.checkpoint.saving.writing.LEAST_REUSED", 100)
     model = nn.Linear(40, 10)
     for number in (10, 20, 40):
         save(tmp_path, step=number, model=model if number == 20 else nn.Linear(40, 10), reuse=False)
@@ -375,9 +375,9 @@ def test_on_s3(tmp_path: Path) -> None:
 
 PEAK = """
 import resource, sys
-from fastopt.checkpoint.whole import consolidate
+from fastopt.checkpoint.offline.consolidation import consolidate
 from fastopt.command import main
-from fastopt.checkpoint.export import export_hf
+from fastopt.checkpoint.offline.export import export_hf
 large, small, made = sys.argv[1:]
 def peak(act, *arguments):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from fastopt.checkpoint import save
-from fastopt.checkpoint.manifest import canonical
+from fastopt.checkpoint.format.manifest import canonical
 from fastopt.command import main
 
 COMMANDS = {
@@ -116,8 +116,8 @@ BROKEN: dict[Callable[[Path], None], tuple[str, str]] = {
     header_flipped: ("00110000", "the header, bytes 0 to 4096, is damaged"),
     index_missing: ("00110000", "only programs of others need it"),
     everything_damaged: ("12112022", "it does not begin like a manifest"),
-    nothing: ("12222022", "there is no"),
-    a_file: ("12222022", "there is no"),
+    nothing: ("12222222", "there is no"),
+    a_file: ("12222222", "there is no"),
 }
 
 

@@ -13,8 +13,9 @@ import torch
 import xxhash
 from torch import nn
 
-from fastopt.checkpoint import CheckpointError, latest, load, prune, save, steps
-from fastopt.checkpoint.manifest import from_bytes
+from fastopt.checkpoint import CheckpointError, latest, load, prune, save, steps, verify
+from fastopt.checkpoint.contents import rng
+from fastopt.checkpoint.format.manifest import from_bytes
 
 from .jobs import Small, adam_job, bits, data_files, everything, train
 
@@ -95,6 +96,9 @@ def test_every_bit_of_the_data_is_covered(tmp_path: Path) -> None:
         file.write_bytes(good[: header + 100] + bytes(len(good) - header - 100))
         refused(tmp_path, "is damaged", step=1)
         file.write_bytes(good)
+    with pytest.raises(CheckpointError, match=r"damaged-[0-9a-f]{16} says: .*\(`verify` removes the note"):
+        load(tmp_path)
+    assert verify(tmp_path).sound
     load(tmp_path)
 
 
@@ -160,10 +164,10 @@ def adam_after(step: int) -> dict[str, torch.Tensor]:
 def test_a_malformed_generator_is_found_before_anything_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastopt.checkpoint.rng.capture", lambda: {"python": torch.tensor([91], dtype=torch.uint8)})
+    monkeypatch.setattr(rng, "capture", lambda: {"python": torch.tensor([91], dtype=torch.uint8)})
     job_of(1, tmp_path)
     refused(tmp_path, "random generator 'python' is malformed")
-    monkeypatch.setattr("fastopt.checkpoint.rng.capture", lambda: {"dice": torch.tensor([91], dtype=torch.uint8)})
+    monkeypatch.setattr(rng, "capture", lambda: {"dice": torch.tensor([91], dtype=torch.uint8)})
     job_of(2, tmp_path)
     refused(tmp_path, "random generator 'dice' is unknown")
 
@@ -188,7 +192,7 @@ def test_prune_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
 
 
 def test_a_half_removed_checkpoint_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt.checkpoint.storage import LocalStorage
+    from fastopt.checkpoint.io.storage import LocalStorage
 
     job_of(1, tmp_path), job_of(2, tmp_path)
     remove = LocalStorage.remove
@@ -216,10 +220,10 @@ def test_an_entry_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing_and_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt.checkpoint import storage
+    from fastopt.checkpoint.io import storage
 
     job_of(1, tmp_path)
-    monkeypatch.setattr("fastopt.checkpoint.writing.PART_BYTES", 3000)
+    monkeypatch.setattr("fastopt.checkpoint.saving.writing.PART_BYTES", 3000)
     written: list[int] = []
 
     def full(handle: int, views: list[memoryview]) -> None:

@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from fastopt import Box
-from fastopt.checkpoint import CheckpointError, catalog, datafile, load, loading, reading, save, writing
-from fastopt.checkpoint.datafile import Body, Item
-from fastopt.checkpoint.devices import PIECE, Devices
-from fastopt.checkpoint.manifest import from_bytes
-from fastopt.checkpoint.reading import Reader, Wanted
-from fastopt.checkpoint.storage import open_storage
+from fastopt.checkpoint import CheckpointError, catalog, load, save
+from fastopt.checkpoint.format import datafile
+from fastopt.checkpoint.format.datafile import Body, Item
+from fastopt.checkpoint.format.manifest import from_bytes
+from fastopt.checkpoint.io.gpu_copies import PIECE, Devices
+from fastopt.checkpoint.io.storage import open_storage
+from fastopt.checkpoint.loading import loading, reading
+from fastopt.checkpoint.loading.reading import Reader, Wanted
+from fastopt.checkpoint.saving import writing
 
 from .jobs import data_files, element_values
 
-ROWS, COLUMNS = 1100, 3000  # 13 MB of float32: seven pieces
+ROWS, COLUMNS = 1100, 3000  # 13 MB of float32: four pieces
 
 
 class Late(Devices):
@@ -137,7 +140,7 @@ def test_what_arrives(name: str, workers: int, late: list[Late], stored: tuple[P
         box = want.boxes[0]
         assert torch.equal(want.buffers[0], tensors[want.key[6:]][box.slices].to(want.buffers[0].dtype))
     (device,) = late
-    assert device.done == device.told > 12
+    assert device.done == device.told >= 9  # four pieces, two times, and the odd one
     assert not device.queue
     if workers == 1:
         assert device.blocks == [PIECE, PIECE]

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastopt.checkpoint import CheckpointError, load, save, verify
-from fastopt.checkpoint.manifest import from_bytes
+from fastopt.checkpoint.format.manifest import from_bytes
 
 from .jobs import adam_job, data_files, everything, train
 

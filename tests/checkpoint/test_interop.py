@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 from fastopt.checkpoint import save
-from fastopt.checkpoint.values import decode, encode
+from fastopt.checkpoint.format.values import decode, encode
 
 from ..commands import ROOT
 from ..ranks import RankPool

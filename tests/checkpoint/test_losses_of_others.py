@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, save, steps, storage, verify
+from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, save, steps, verify
 from fastopt.checkpoint import open as open_checkpoint
-from fastopt.checkpoint.difference import diff
-from fastopt.checkpoint.reading import Reader
-from fastopt.checkpoint.storage import LocalStorage
-from fastopt.checkpoint.whole import consolidate
+from fastopt.checkpoint.io import remote, storage
+from fastopt.checkpoint.io.storage import LocalStorage
+from fastopt.checkpoint.loading.reading import Reader
+from fastopt.checkpoint.offline.consolidation import consolidate
+from fastopt.checkpoint.offline.difference import diff
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
@@ -204,7 +205,7 @@ def test_speculators_739_a_name_makes_no_checkpoint(tmp_path: Path) -> None:
 def test_smart_open_684_an_exception_in_the_middle_publishes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     url = "memory://half/run"
     save(url, step=1, model=Small(1))
-    chunks = storage.RemoteStorage.create
+    chunks = remote.RemoteStorage.create
 
     def fails(self: Any, path: str, data: Any) -> None:
         def half() -> Any:
@@ -213,7 +214,7 @@ def test_smart_open_684_an_exception_in_the_middle_publishes_nothing(monkeypatch
 
         chunks(self, path, half())
 
-    monkeypatch.setattr(storage.RemoteStorage, "create", fails)
+    monkeypatch.setattr(remote.RemoteStorage, "create", fails)
     with pytest.raises(CheckpointError, match="the device is gone"):
         save(url, step=2, model=Small(2))
     monkeypatch.undo()

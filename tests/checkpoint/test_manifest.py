@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fastopt import Box
 from fastopt.checkpoint import CheckpointError
-from fastopt.checkpoint.manifest import from_bytes, place, to_bytes
-from fastopt.checkpoint.records import (
+from fastopt.checkpoint.format.manifest import from_bytes, place, to_bytes
+from fastopt.checkpoint.format.records import (
     DataFile,
     Group,
     Manifest,
@@ -27,7 +27,7 @@ from fastopt.checkpoint.records import (
     rng_key,
     state_key,
 )
-from fastopt.checkpoint.shards import Shards
+from fastopt.checkpoint.format.shards import Shards
 
 A, B, C = (f"s-00c0ffee-r0000{i}-000.safetensors" for i in range(3))
 D = "0123456789abcdef"

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, latest, load, prune, retries, save, steps, storage
+from fastopt.checkpoint import CheckpointError, latest, load, prune, save, steps
+from fastopt.checkpoint.io import retries, storage
+from fastopt.checkpoint.ranks import peers
 
 from ..ranks import RankPool, run_ranks
 from .jobs import Cut, Small, adam_job, bits, data_files, element_values, everything, groups_of, train
@@ -109,7 +111,7 @@ class Counting(storage.LocalStorage):
 
 def load_counted(rank: int, world: int, root: str) -> tuple[int, int]:
     """Load the optimizer alone; the bytes read, and the bytes that this rank holds."""
-    from fastopt.checkpoint import loading
+    from fastopt.checkpoint.loading import loading
 
     opt = Cut(Values(), rank, world)
     loading.open_storage, Counting.read = (lambda url: Counting(str(url))), 0  # type: ignore[assignment, misc]
@@ -380,20 +382,20 @@ def test_a_group_of_ranks_has_its_own_checkpoints(ranks: Ranks, tmp_path: Path) 
 
 def beside_nccl(rank: int, world: int, root: str) -> tuple[int, bool]:
     """Save twice with a group that claims to move only CUDA data; groups made, and whether the model came back."""
-    config, new_group, made = dist.get_backend_config, dist.new_group, []
+    config, gloo_group, made = dist.get_backend_config, peers._gloo_group, []
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(new_group(*args, **kwargs))
+    def counted(group: Any) -> Any:
+        made.append(gloo_group(group))
         return made[-1]
 
-    dist.get_backend_config, dist.new_group = (lambda group=None: "cuda:nccl"), counted
+    dist.get_backend_config, peers._gloo_group = (lambda group=None: "cuda:nccl"), counted
     try:
         for step in (1, 2):
             save(root, step=step, model=Small())
         model = Small(1)
         load(root, model=model)
     finally:
-        dist.get_backend_config, dist.new_group = config, new_group
+        dist.get_backend_config, peers._gloo_group = config, gloo_group
     return len(made), bits(dict(model.state_dict())) == bits(dict(Small().state_dict()))
 
 

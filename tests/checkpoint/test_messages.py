@@ -5,12 +5,11 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
-from fastopt.checkpoint.messages import SLOT, from_all, from_first, to_first
+from fastopt.checkpoint.ranks.messages import SLOT, from_all, from_first, to_first
 
 
 def things(size: int) -> dict[str, list[Any]]:
@@ -24,36 +23,30 @@ def things(size: int) -> dict[str, list[Any]]:
     }
 
 
-class Calls:
-    """Counts what is called of `torch.distributed`."""
+class Counted:
+    """A process group that notes which collectives are called."""
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any) -> None:
+        self.group = group
         self.names: list[str] = []
 
-    def counted(self, name: str) -> Callable[..., Any]:
-        real = getattr(dist, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("rank", "size"):
             self.names.append(name)
-            return real(*args, **kwargs)
+        return getattr(self.group, name)
 
-        return call
-
-    def of(self, work: Callable[[], Any]) -> tuple[Any, list[str]]:
+    def of(self, work: Callable[[Any], Any]) -> tuple[Any, list[str]]:
+        """What `work` gives with this group, and what it has called."""
         self.names = []
-        names = ("all_gather", "gather", "broadcast", "all_gather_object", "gather_object", "broadcast_object_list")
-        with mock.patch.multiple(dist, **{name: self.counted(name) for name in names}):
-            return work(), self.names
+        return work(self), self.names
 
 
 def told(rank: int, world_size: int) -> dict[str, tuple[Any, ...]]:
-    group, calls = dist.group.WORLD, Calls()
-    assert group is not None
-    found = {}
+    calls, found = Counted(dist.group.WORLD), {}
     for kind, mine in things(world_size).items():
-        everyone = calls.of(lambda mine=mine: from_all(mine[rank], group, world_size))
-        first = calls.of(lambda mine=mine: to_first(mine[rank], group, world_size))
-        last = calls.of(lambda mine=mine: from_first(mine[-1] if rank == 0 else None, group))
+        everyone = calls.of(lambda group, mine=mine: from_all(mine[rank], group))
+        first = calls.of(lambda group, mine=mine: to_first(mine[rank], group))
+        last = calls.of(lambda group, mine=mine: from_first(mine[-1] if rank == 0 else None, group))
         found[kind] = everyone, first, last
     return found
 
@@ -64,8 +57,8 @@ def test_what_ranks_tell_each_other(ranks: Any, world_size: int) -> None:
         for kind, mine in things(world_size).items():
             long = any(len(pickle.dumps(thing)) > SLOT - 8 for thing in mine)
             everyone, first, last = found[kind]
-            assert everyone == (mine, ["all_gather"] * (2 if long else 1)), kind
-            assert first == (mine if rank == 0 else None, ["all_gather", "gather"][: 2 if long else 1]), kind
+            assert everyone == (mine, ["allgather"] * (2 if long else 1)), kind
+            assert first == (mine if rank == 0 else None, ["allgather", "gather"][: 2 if long else 1]), kind
             long = len(pickle.dumps(mine[-1])) > SLOT - 8
             assert last == (mine[-1], ["broadcast"] * (2 if long else 1)), kind
 

@@ -18,11 +18,12 @@ from fastopt import Box
 from fastopt.checkpoint import CheckpointError, latest, load, save, verify
 from fastopt.checkpoint import open as open_checkpoint
 from fastopt.checkpoint.errors import StorageError
-from fastopt.checkpoint.manifest import from_bytes, place, to_bytes
-from fastopt.checkpoint.reading import Reader, Wanted
-from fastopt.checkpoint.records import DataFile, Manifest, ModelPart, StoredTensor
-from fastopt.checkpoint.shards import Shards
-from fastopt.checkpoint.storage import LocalStorage, RemoteStorage, open_storage
+from fastopt.checkpoint.format.manifest import from_bytes, place, to_bytes
+from fastopt.checkpoint.format.records import DataFile, Manifest, ModelPart, StoredTensor
+from fastopt.checkpoint.format.shards import Shards
+from fastopt.checkpoint.io.remote import RemoteStorage
+from fastopt.checkpoint.io.storage import LocalStorage, open_storage
+from fastopt.checkpoint.loading.reading import Reader, Wanted
 
 from .jobs import Small, bits, data_files
 

@@ -419,7 +419,7 @@ def test_a_step_is_not_overwritten_and_leftovers_do_not_hinder(tmp_path: Path) -
 
 
 def test_files_are_bounded_and_aligned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastopt.checkpoint.writing.PART_BYTES", 10_000)
+    monkeypatch.setattr("fastopt.checkpoint.saving.writing.PART_BYTES", 10_000)
     model = nn.Linear(100, 300)
     opt = SGD([(name, p) for name, p in model.named_parameters()], lr=0.1, mom=0.9)
     model(torch.randn(4, 100)).sum().backward()

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import CheckpointError, load, pagecache, save, storage
-from fastopt.checkpoint.pagecache import cached, in_page_cache, stretches
+from fastopt.checkpoint import CheckpointError, load, save
+from fastopt.checkpoint.io import pagecache, storage
+from fastopt.checkpoint.io.pagecache import cached, in_page_cache, stretches
 
 from ..ranks import RankPool
 from .jobs import Small, bits, data_files, train

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastopt import Box
-from fastopt.checkpoint import CheckpointError, plan
-from fastopt.checkpoint.shards import check_cover
+from fastopt.checkpoint import CheckpointError
+from fastopt.checkpoint.contents import plan
+from fastopt.checkpoint.format.shards import check_cover
 
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=4).map(tuple)
 

@@ -18,8 +18,8 @@ from torch import nn
 from fastopt import Adam
 from fastopt.checkpoint import load, prune, save, steps, verify
 from fastopt.checkpoint.catalog import look, note_damage, verified_mark
+from fastopt.checkpoint.io.storage import open_storage
 from fastopt.checkpoint.retention import plan_prune, stay
-from fastopt.checkpoint.storage import open_storage
 
 from .jobs import Small, data_files, train
 
@@ -146,7 +146,7 @@ def test_an_incomplete_one_neither_counts_nor_goes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["noted", "cut", "missing"])
 def test_what_a_damaged_one_uses_stays(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastopt.checkpoint.writing.LEAST_REUSED", 100)
+    monkeypatch.setattr("fastopt.checkpoint.saving.writing.LEAST_REUSED", 100)
     storage, model, other = open_storage(tmp_path), nn.Linear(40, 10), nn.Linear(40, 10)
     save(tmp_path, step=1, model=model)
     torch.rand(1)  # the random generator moves on, the weights do not

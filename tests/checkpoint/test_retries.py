@@ -10,7 +10,7 @@ import pytest
 
 from fastopt.checkpoint import CheckpointError
 from fastopt.checkpoint.errors import StorageError
-from fastopt.checkpoint.retries import WAITS, retry, transient
+from fastopt.checkpoint.io.retries import WAITS, retry, transient
 
 
 def with_fields(error: Exception, **fields: Any) -> Exception:
@@ -64,6 +64,22 @@ def test_what_may_pass_is_tried_again(error: Exception, monkeypatch: pytest.Monk
         retry("there", failing(error, 100))
     assert caught.value.__cause__ is error
     assert len(slept) == len(WAITS)
+
+
+def test_a_storage_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt may be minutes of time-outs, and all other ranks wait for this one."""
+    now, called = [0.0], []
+
+    def never() -> None:
+        called.append(now[0])
+        now[0] += 80.0
+        raise TimeoutError
+
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(StorageError, match=r"there: TimeoutError \(the last of 2 attempts\)"):
+        retry("there", never)
+    assert called == [0.0, 80.0]
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, retries, save, steps, verify
+from fastopt.checkpoint import Checkpointer, CheckpointError, latest, load, prune, save, steps, verify
 from fastopt.checkpoint.errors import StorageError
-from fastopt.checkpoint.storage import Storage, open_storage
+from fastopt.checkpoint.io import retries
+from fastopt.checkpoint.io.storage import Storage, open_storage
 from fastopt.distributed import shard
 
 from ..ranks import RankPool

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from fastopt import Box
 from fastopt.checkpoint import CheckpointError
-from fastopt.checkpoint.manifest import _intervals
-from fastopt.checkpoint.shards import Shards
-from fastopt.distributed.layout import Layout
-from fastopt.distributed.places import ParamSpec
+from fastopt.checkpoint.format.manifest import _intervals
+from fastopt.checkpoint.format.shards import Shards
+from fastopt.distributed.ownership.layout import Layout
+from fastopt.distributed.ownership.places import ParamSpec
 
 from .test_plan import box_in, numbers, shapes, tiling
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from fastopt.checkpoint import CheckpointError, latest, load, save, storage
+from fastopt.checkpoint import CheckpointError, latest, load, save
+from fastopt.checkpoint.io import storage
 
 from ..ranks import RankPool
 from .jobs import Small

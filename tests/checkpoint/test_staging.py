@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastopt import Box
-from fastopt.checkpoint.datafile import Item
-from fastopt.checkpoint.staging import Staging
+from fastopt.checkpoint.format.datafile import Item
+from fastopt.checkpoint.saving.staging import Staging
 
 
 class OnGpu(Tensor):

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from fastopt import Adam, checkpoint
-from fastopt.checkpoint import CheckpointError, reading
+from fastopt.checkpoint import CheckpointError
+from fastopt.checkpoint.loading import reading
 from fastopt.distributed import shard
 
 from ..ranks import RankPool
@@ -90,7 +91,7 @@ def test_a_model_is_read_tensor_by_tensor(tmp_path: Path, monkeypatch: pytest.Mo
         read.extend(want.key for want in wanted)
         original(storage, manifest, wanted)
 
-    monkeypatch.setattr("fastopt.checkpoint.opening.read", noted)
+    monkeypatch.setattr("fastopt.checkpoint.loading.opening.read", noted)
     opened = checkpoint.open(tmp_path)
     assert set(opened) == set(model.state_dict())
     assert read == []

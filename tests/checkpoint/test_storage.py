@@ -14,7 +14,8 @@ import fsspec
 import pytest
 
 from fastopt.checkpoint import CheckpointError
-from fastopt.checkpoint.storage import LocalStorage, RemoteStorage, Storage, open_storage
+from fastopt.checkpoint.io.remote import RemoteStorage
+from fastopt.checkpoint.io.storage import LocalStorage, Storage, open_storage
 
 
 @pytest.fixture(params=["path", "file", "memory", "dir"])
@@ -163,7 +164,7 @@ def test_a_filesystem_without_exclusive_put_publishes_too(kind: type[Plain]) -> 
 
 def test_the_entry_of_every_new_folder_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr("fastopt.checkpoint.storage._sync", synced.append)
+    monkeypatch.setattr("fastopt.checkpoint.io.storage._sync", synced.append)
     LocalStorage(str(tmp_path / "a/b")).make_folder("step")
     assert set(synced) == {tmp_path, tmp_path / "a", tmp_path / "a/b"}
     synced.clear()

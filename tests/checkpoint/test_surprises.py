@@ -16,19 +16,9 @@ import torch
 from torch import nn
 
 from fastopt import Adam
-from fastopt.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    catalog,
-    latest,
-    load,
-    retries,
-    save,
-    steps,
-    storage,
-    verify,
-)
-from fastopt.checkpoint.storage import LocalStorage
+from fastopt.checkpoint import Checkpointer, CheckpointError, catalog, latest, load, save, steps, verify
+from fastopt.checkpoint.io import retries, storage
+from fastopt.checkpoint.io.storage import LocalStorage
 
 from .jobs import Small, adam_job, bits, everything, train
 from .torture import fill, job, wrong
@@ -160,8 +150,9 @@ def test_a_disk_that_fills_up_at_any_write(tmp_path: Path, monkeypatch: pytest.M
 
     def full(handle: int, views: Any) -> None:
         nonlocal left
-        left -= Path(os.readlink(f"/proc/self/fd/{handle}")).name.startswith(only)
-        if left < 0:
+        chosen = Path(os.readlink(f"/proc/self/fd/{handle}")).name.startswith(only)
+        left -= chosen
+        if chosen and left < 0:
             os.write(handle, views[0][:10])
             raise OSError(errno.ENOSPC, "No space left on device")
         write(handle, views)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastopt.checkpoint import CheckpointError
-from fastopt.checkpoint.values import check_json, decode, encode
+from fastopt.checkpoint.format.values import check_json, decode, encode
 
 leaves = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20) | st.complex_numbers()

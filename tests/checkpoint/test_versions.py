@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from fastopt.checkpoint import CheckpointError, latest, load, prune, save, verify
-from fastopt.checkpoint.manifest import VERSION
+from fastopt.checkpoint.format.manifest import VERSION
 
 from .fixtures.make import FOLDER, content, job, numbers, states_of
 

@@ -150,7 +150,8 @@ def kill_rounds(
         world = generator.choice((1, 2, 2, 3))
         victims = range(world) if generator.random() < 0.4 else [generator.randrange(world)]
         task = Task(root, world, 0, done + 1, generator.random() < 0.4, env or {})
-        began, saved, took, errors, slow = _round(task, victims, span, generator)
+        moment = generator.choice((generator.random() * 1.3, generator.uniform(0.8, 1.2)))  # half of them near the end
+        began, saved, took, errors, slow = _round(task, victims, span * moment, generator)
         span = 0.7 * span + 0.3 * took if took else span
         newest = check(root, max(saved, done), began)
         tally.rounds += 1
@@ -168,8 +169,11 @@ def kill_rounds(
     return tally
 
 
-def _round(task: Task, victims: Any, span: float, generator: random.Random) -> tuple[int, int, float, int, float]:
-    """The last step begun, the last that some rank knows as saved (-1: none), seconds per save, errors, slowest one."""
+def _round(task: Task, victims: Any, delay: float, generator: random.Random) -> tuple[int, int, float, int, float]:
+    """Kill them `delay` seconds after the beginning of the first to third save.
+
+    The last step begun, the last that some rank knows as saved (-1: none), seconds per save, errors, slowest one.
+    """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     world, first = task.world, task.first
     processes, pipes = [], []
@@ -185,7 +189,7 @@ def _round(task: Task, victims: Any, span: float, generator: random.Random) -> t
     try:
         until = first + generator.randint(0, 2)
         _listen(pipes, told, lambda: _last(told[victims[0]], "begun") >= until, 60)
-        _listen(pipes, told, lambda: False, generator.random() * span * 1.3)
+        _listen(pipes, told, lambda: False, delay)
         for rank in victims:
             processes[rank].kill()
         killed = time.monotonic()

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastopt
+from fastopt.distributed import shard
 
-from ..pages import Block, blocks
+from ..pages import Block, examples
 from ..ranks import RankPool
 
 STEPS = 6
@@ -182,6 +184,56 @@ def test_two_ranks_beside_one_process(ranks: Callable[[int], RankPool], fsdp2: b
         assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
 
 
-@pytest.mark.parametrize("block", blocks("docs/integrations.md", "Accelerate"), ids=Block.title)
+def _sharded_on_ranks(
+    rank: int, world_size: int, stage: Literal[1, 2], folder: str
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """As `_on_ranks`, with a sharded optimizer; and the names of what is saved of the model."""
+
+    def start() -> tuple[Any, ...]:
+        forget()
+        accelerator = Accelerator(cpu=True)
+        model: Any = accelerator.prepare_model(network(), evaluation_mode=stage == 2)
+        opt: Any = shard(fastopt.Adam(model.parameters(), **AS_TORCHS), model, stage)  # type: ignore[arg-type]
+        accelerator.register_save_state_pre_hook(lambda *_: opt.consolidate_state_dict())
+        return accelerator, model, accelerator.prepare(opt)
+
+    def steps(prepared: tuple[Any, ...], chosen: slice) -> None:
+        accelerator, model, opt = prepared
+        for x, y in list(batches())[chosen]:
+            rows = slice(rank, None, world_size)
+            accelerator.backward(loss(model, x[rows], y[rows]))
+            opt.step()
+            opt.zero_grad()
+
+    one = start()
+    steps(one, slice(3))
+    with pytest.raises(TypeError, match="spread over the ranks"):
+        torch.save(one[2].state_dict(), f"{folder}/part-{rank}")
+    one[0].save_state(folder)
+    one[0].wait_for_everyone()
+    steps(one, slice(3, None))
+    two = start()
+    two[0].load_state(folder)
+    steps(two, slice(3, None))
+    with safe_open(f"{folder}/model.safetensors", "pt") as saved:
+        names = sorted(saved.keys())
+    return [*one[1].state_dict().values()], [*two[1].state_dict().values()], names
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_sharded_optimizer_on_two_ranks(ranks: Callable[[int], RankPool], stage: int, tmp_path: Path) -> None:
+    expected = network()
+    plain = torch.optim.AdamW(expected.parameters(), **AS_TORCHS)  # type: ignore[arg-type]
+    for x, y in batches():
+        loss(expected, x, y).backward()
+        plain.step()
+        plain.zero_grad()
+    for weights, resumed, names in ranks(2).run(_sharded_on_ranks, stage, str(tmp_path), timeout=120):
+        assert names == sorted(expected.state_dict())
+        torch.testing.assert_close(weights, [p.detach() for p in expected.parameters()], rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(a, b) for a, b in zip(weights, resumed, strict=True))
+
+
+@pytest.mark.parametrize("block", examples("docs/integrations.md", "Accelerate"), ids=Block.title)
 def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
     assert "'lr'" in block.run_here(tmp_path)

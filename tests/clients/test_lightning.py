@@ -18,12 +18,15 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from fastopt import Adam, Lamb, Lookahead, Optimizer, ranger
+from fastopt.checkpoint import Checkpointer, load, save
+from fastopt.distributed import shard
 
 from ..fastopt.samples import Case, assert_moved, assert_same, batch, every_optimizer, model, train, values
 from ..pages import Block, blocks
@@ -295,6 +298,58 @@ def test_fabric_trains_saves_and_resumes(make: Make, tmp_path: Path) -> None:
     for m in nets[1:]:
         assert_same(m.parameters(), nets[0].parameters())
     assert again.hypers == plain.hypers
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_our_checkpoints_take_what_fabric_hands_out(sharded: bool, tmp_path: Path) -> None:
+    """Names are those of the user's module, and the state is that of the optimizer which steps."""
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    net, plain = model(), model(1)
+    one, opt = fabric.setup(net, shard(ours(net), net, stage=1) if sharded else ours(net))
+    fabric_run(one, opt, fabric, range(2))
+    save(tmp_path / "run", step=2, model=one, opt=opt)
+    again = ours(plain)
+    load(tmp_path / "run", model=plain, opt=again)
+    fabric_run(one, opt, fabric, range(2, 4))
+    fabric_run(plain, again, fabric, range(2, 4))
+    assert_same(net.parameters(), plain.parameters())
+    opt.clear_state()
+    assert not opt.optimizer.state
+    load(tmp_path / "run", model=one, opt=opt)
+    fabric_run(one, opt, fabric, range(2, 4))
+    assert_same(net.parameters(), plain.parameters())
+    with pytest.raises(TypeError, match=r"Fabric.*, which stands for an optimizer: shard the optimizer itself"):
+        shard(opt, one)
+
+
+class Resuming(Net):
+    """Loads and saves with ours what Lightning gives it for its optimizer."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(ours)
+        self.folder = folder
+
+    def on_train_start(self) -> None:
+        with Checkpointer(self.folder) as checkpoints:
+            checkpoints.load(model=self, opt=self.optimizers())
+
+    def on_train_end(self) -> None:
+        with Checkpointer(self.folder) as checkpoints:
+            done = checkpoints.latest()
+            checkpoints.save(4 + (done.step if done else 0), model=self, opt=self.optimizers())
+
+
+def test_our_checkpoints_take_what_lightning_hands_out(tmp_path: Path) -> None:
+    whole, half, rest = Net(ours), Resuming(tmp_path / "run"), Resuming(tmp_path / "run")
+    fit(tmp_path, whole, max_epochs=2)
+    fit(tmp_path, half)
+    fit(tmp_path, rest)
+    assert_same(whole.net.parameters(), rest.net.parameters())
+    wrapper: Any = LightningOptimizer(ours(model()))
+    wrapper.load_state_dict(rest.trainer.optimizers[0].state_dict())
+    assert wrapper.optimizer.state_dict()["state"][0]["step"] == 8
+    wrapper.clear_state()
+    assert not wrapper.optimizer.state
 
 
 class Plain(L.LightningModule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import fastopt
+from fastopt.distributed import shard
 
-from ..pages import Block, blocks
+from ..pages import Block, examples
+from ..ranks import RankPool
 
 STEPS = 6
 #: What makes fastopt's Adam torch's AdamW.
@@ -132,6 +134,49 @@ def test_a_class_with_arguments_decays_what_the_trainer_says(tmp_path: Path) -> 
     torch.testing.assert_close(trained[0].state_dict(), trained[1].state_dict(), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("block", blocks("docs/integrations.md", "Hugging Face Trainer"), ids=Block.title)
+class Sharded(Trainer):
+    """With a sharded optimizer in the place of AdamW."""
+
+    def create_optimizer(self, *_: Any, **__: Any) -> Any:
+        if self.optimizer is None:
+            self.accelerator.device_placement = False  # on CPUs it would move the parameters from "cpu" to "cpu:0"
+            self.optimizer = shard(fastopt.Adam(self.model.parameters(), **AS_TORCHS), self.model, stage=1)  # type: ignore[arg-type]
+        return self.optimizer
+
+
+class Whole(TrainerCallback):
+    """Brings the state together before rank 0 writes it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if control.should_save:
+            optimizer.optimizer.consolidate_state_dict()
+
+
+def sharded_on_ranks(rank: int, world_size: int, folder: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights at the end of a run, and of one that was resumed half way."""
+
+    def run(start: str | None = None, **kwargs: Any) -> list[Tensor]:
+        given = arguments(Path(folder), lr_scheduler_type="constant", **kwargs)
+        given.per_device_train_batch_size = 4 // world_size
+        trainer = Sharded(network(), given, train_dataset=rows(), callbacks=[Whole()])
+        trainer.train(resume_from_checkpoint=start)
+        return [value.clone() for value in trainer.model.state_dict().values()]
+
+    whole = run(save_strategy="steps", save_steps=3, save_total_limit=2)
+    torch.distributed.barrier()
+    return whole, run(f"{folder}/checkpoint-3")
+
+
+def test_a_sharded_optimizer_on_two_ranks(ranks: Callable[[int], RankPool], tmp_path: Path) -> None:
+    """Clipped by the Trainer; its checkpoint has all weights and all states."""
+    alone = with_built_optimizer(tmp_path / "alone", torch.optim.AdamW, lr_scheduler_type="constant")
+    alone.lr_scheduler = LambdaLR(alone.optimizer, lambda step: 1.0)
+    alone.train()
+    for whole, resumed in ranks(2).run(sharded_on_ranks, str(tmp_path), timeout=120):
+        torch.testing.assert_close(whole, [*alone.model.state_dict().values()], rtol=1e-7, atol=1e-9)
+        assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+@pytest.mark.parametrize("block", examples("docs/integrations.md", "Hugging Face Trainer"), ids=Block.title)
 def test_example_of_the_page(block: Block, tmp_path: Path) -> None:
     assert "'lr'" in block.run_here(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import fastopt
-from fastopt.distributed import RanksDiffer, agreement, shard
+from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed.checks import agreement
 
 from .problems import Model, feed, members
 from .test_wire import counted
@@ -388,6 +390,13 @@ def memory_in_common() -> tuple[Any, nn.Module]:
     return build(model), model
 
 
+def scripted_model() -> tuple[Any, nn.Module]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = nn.Sequential(torch.jit.script(nn.Linear(2, 2)))
+    return build(model), model
+
+
 def torch_optimizer() -> tuple[Any, nn.Module]:
     model = nn.Linear(2, 2)
     return torch.optim.SGD(model.parameters(), lr=0.1), model
@@ -410,6 +419,7 @@ def sharded_already() -> tuple[Any, nn.Module]:
         (meta_model, ValueError, "'weight' is on the meta device"),
         (complex_model, ValueError, "'weight' is complex"),
         (memory_in_common, ValueError, r"'0.weight' and '1.weight' are different parameters in the same memory"),
+        (scripted_model, ValueError, "'0' has been compiled by torch.jit"),
         (torch_optimizer, TypeError, "OptimWrapper"),
         (closure_optimizer, TypeError, "LBFGS couples all parameters"),
         (sharded_already, TypeError, "sharded already"),

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
 from fastopt.distributed import RanksDiffer, shard
-from fastopt.distributed.averaged import Sketch, comparable, sketch, unlike
+from fastopt.distributed.checks.averaged import Sketch, comparable, sketch, unlike
 
 from .test_complaints import backward, body_and_head, groups
 from .test_wire import counted
@@ -167,7 +167,10 @@ def no_alarm(rank: int, world_size: int) -> None:
     calls: list[tuple[str, int]] = []
     looked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastopt.distributed.gradients.sketch", lambda grads: looked.append(len(grads)) or sketch(grads))
+        patch.setattr(
+            "fastopt.distributed.gradients.local_gradients.sketch",
+            lambda grads: looked.append(len(grads)) or sketch(grads),
+        )
         for step in range(3):
             backward(wrapped, step, rank)
             with counted() as made:

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastopt.distributed.decoder import decoder
-from fastopt.distributed.layout import Layout
-from fastopt.distributed.places import ALIGN_BYTES, ParamSpec
+from fastopt.distributed.ownership.layout import Layout
+from fastopt.distributed.ownership.places import ALIGN_BYTES, ParamSpec
+from fastopt.distributed.planning.decoder import decoder
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 

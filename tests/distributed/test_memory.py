@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.distributed import shard, transport
+from fastopt.distributed import shard
+from fastopt.distributed.communication import transport
 
 
 def alive() -> int:
-    """Bytes of all storages that tensors of this process hold."""
+    """Bytes of all storages that tensors of this process hold, each byte once: storages may lie inside of others."""
     gc.collect()
-    storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor) and thing.device.type == "cpu"]
+    storages = {thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes() for thing in tensors}
+    total = end = 0
+    for start, size in sorted(storages.items()):
+        total += max(0, start + size - max(start, end))
+        end = max(end, start + size)
+    return total
 
 
 def settled() -> int:

@@ -16,9 +16,11 @@ from torch.distributed.device_mesh import init_device_mesh
 import fastopt
 from fastopt.checkpoint import load, save
 from fastopt.distributed import RanksDiffer, shard
-from fastopt.distributed.copying import SLOTS
-from fastopt.distributed.transport import GroupTransport
+from fastopt.distributed.communication.collectives import control_group
+from fastopt.distributed.communication.copy_transport import SLOTS
+from fastopt.distributed.communication.transport import GroupTransport
 
+from ..ranks import run_ranks
 from .muon import muon
 from .problems import EVERY, Model, assert_same_run, average, feed, gradient, members, set_average
 from .test_stress import Called
@@ -280,3 +282,16 @@ def test_a_checkpoint_of_hybrid_sharding(ranks: Any, tmp_path: Path) -> None:
     for weights in found:
         for p, q in zip(weights, members(opt), strict=True):
             assert torch.equal(p, q)
+
+
+def control_beside_other_groups(rank: int, world_size: int) -> float:
+    dist.new_group([0])  # after which the two ranks are in different numbers of groups
+    group = control_group(dist.group.WORLD, range(world_size))
+    total = torch.tensor(float(rank + 1))
+    dist.all_reduce(total, group=group)
+    return float(total)
+
+
+def test_ranks_in_different_numbers_of_groups() -> None:
+    """What carries messages beside NCCL is made on all ranks, however many groups each is in."""
+    assert run_ranks(control_beside_other_groups, 2, timeout=60) == [3.0, 3.0]

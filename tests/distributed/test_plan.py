@@ -18,13 +18,13 @@ from torch import nn
 import fastopt
 from fastopt.command import main
 from fastopt.distributed import shard
-from fastopt.distributed.decoder import decoder
-from fastopt.distributed.drawing import owner_of
-from fastopt.distributed.layout import Layout
-from fastopt.distributed.places import ParamSpec
+from fastopt.distributed.ownership.fully_shard_rows import REST, Rows, loads_of_rows, units_of
+from fastopt.distributed.ownership.layout import Layout
+from fastopt.distributed.ownership.places import ParamSpec
 from fastopt.distributed.plan import plan, plan_specs, report
-from fastopt.distributed.planning import Memory, Plan
-from fastopt.distributed.rows import REST, Rows, loads_of_rows, units_of
+from fastopt.distributed.planning.costs import Memory, Plan
+from fastopt.distributed.planning.decoder import decoder
+from fastopt.distributed.planning.drawing import owner_of
 
 from .problems import EVERY, Model, feed
 from .test_layout import kinds, param_lists, sizes
@@ -92,7 +92,7 @@ def test_a_plan_by_hand() -> None:
     found = plan(two_layers(), 4, lambda params: fastopt.Adam(params))
     first, second, third = found.stages
     assert first.memory == Memory(parameters=768, gradients=768, state=384, passing=0)
-    assert second.memory == Memory(parameters=768, gradients=192, state=384, passing=768)
+    assert second.memory == Memory(parameters=768, gradients=192, state=384, passing=2 * 768)
     # Units of 512 and 256 bytes, each alive twice as parameters or gradients.
     assert third.memory == Memory(parameters=192, gradients=192, state=384, passing=2 * 768)
     assert [stage.sent for stage in found.stages] == [3 * 576, 2 * 576, 3 * 576]

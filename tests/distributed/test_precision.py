@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.distributed import RanksDiffer, scaling, shard
+from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed.gradients import grad_scaler
 
 from .problems import SHAPES, Model, assert_same_run, average, feed, gradient, members, set_average
 from .test_wire import counted
@@ -219,7 +220,7 @@ def test_accumulation_in_float32(ranks: Any) -> None:
 
 def test_the_scalers_method_that_is_replaced_is_the_one_that_was_read() -> None:
     """There is no public way: `GradScaler` looks into `p.grad` itself. This tells if PyTorch changes how."""
-    replaced = scaling._in_place
+    replaced = grad_scaler._in_place
     assert list(inspect.signature(replaced).parameters) == ["self", "optimizer", "inv_scale", "found_inf", "allow_fp16"]
     for caller in (torch.amp.GradScaler.unscale_, torch.amp.GradScaler._check_inf_per_device):
         assert "_unscale_grads_" in caller.__code__.co_names

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from .test_gathering import WIDTH, data, late_gathers
 
 class Net(nn.Module):
     """Parameters of its own beside those of its layers."""
+
+    #: What the optimizer has.
+    groups: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,12 +49,18 @@ class Net(nn.Module):
         out: Tensor = self.head(x)
         return out
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Reads a parameter of its own before it calls anything."""
+        out: Tensor = self.layers(x * self.scale)
+        return out
+
 
 def stepped(rank: int, **options: Any) -> tuple[Net, Any]:
     """A net whose parameters are under way."""
     net = Net()
     opt = shard(fastopt.SGD(net.parameters(), lr=0.01), net, bucket_bytes=200, **options)
     net(data(0, rank)).square().sum().backward()
+    net.groups = [p for group in opt.param_groups for p in group["params"]]
     opt.step()
     opt.zero_grad()
     return net, opt
@@ -84,22 +94,27 @@ WAITING: dict[str, Callable[[Net], Any]] = {
     "an average begins": lambda net: AveragedModel(net).parameters(),
     "a layer alone": lambda net: [net.layers[1](data(1, 0))],
     "generate": lambda net: [net.generate(data(1, 0))],
+    "a method that reads the model's own parameter": lambda net: [net.scaled(data(1, 0))],
+    "a shallow copy of a layer": lambda net: [copy.copy(net.head)(data(1, 0))],
     "functional_call": lambda net: [
         torch.func.functional_call(net, {"scale": torch.zeros(WIDTH)}, (data(1, 0),)),
         torch.func.functional_call(net, dict(net.named_parameters()), (data(1, 0),)),
     ],
     "no_grad": lambda net: [torch.no_grad()(net)(data(1, 0))],
     "inference": lambda net: [torch.inference_mode()(net.eval())(data(1, 0))],
-}
-
-BY_HAND: dict[str, Callable[[Net], Any]] = {
     "parameters_to_vector": lambda net: [parameters_to_vector(net.parameters())],
     "a norm": lambda net: [p.norm() for p in net.parameters()],
+    "the first parameter": lambda net: [next(net.parameters())],
+    "parameters of a layer, by name": lambda net: dict(net.head.named_parameters()).values(),
     "a penalty before the pass": lambda net: [
         sum(p.square().sum() for p in net.parameters()) + net(data(1, 0)).sum()  # type: ignore[list-item]
     ],
-    "a function": lambda net: [F.linear(data(1, 0), net.head.weight, net.head.bias)],
     "an average by hand": lambda net: [p.detach().clone().lerp_(p.detach(), 0.1) for p in net.parameters()],
+}
+
+BY_HAND: dict[str, Callable[[Net], Any]] = {
+    "a function": lambda net: [F.linear(data(1, 0), net.head.weight, net.head.bias)],
+    "the groups": lambda net: [p.norm() for p in net.groups],
 }
 
 
@@ -203,3 +218,72 @@ def test_a_sharded_step_is_not_captured() -> None:
     opt = shard(fastopt.SGD(net.parameters(), lr=0.1), net)
     with pytest.raises(RuntimeError, match="no CUDA graph can capture"):
         opt.prepare_replay()
+
+
+def at_once(rank: int, world_size: int, stage: Literal[1, 2]) -> None:
+    net = Net()
+    opt = shard(fastopt.SGD(net.parameters(), lr=0.01), net, stage, bucket_bytes=200, check_gradients=False)
+    net(data(0, rank)).square().sum().backward()
+    with late_gathers():
+        opt.step()
+        for module in (net, net.head):
+            module.zero_grad()
+        assert len(opt._gathering._pending) > 2
+        for p in net.parameters():
+            assert p.grad is None
+            break
+        assert opt._gathering.busy
+    opt.synchronize()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_looks_at_no_values_keeps_the_overlap(ranks: Any, stage: int) -> None:
+    """`zero_grad()` of a module waits for nothing, and who takes the first parameter for its bucket alone."""
+    ranks(2).run(at_once, stage)
+
+
+class Stream:
+    """A stream that tells whom it waits for."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def wait_stream(self, other: Stream) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+
+def beside(rank: int, world_size: int) -> list[str]:
+    """Parameters read on another stream than that of the step, which trains with them next."""
+    told: list[str] = []
+    training, side = Stream("training", told), Stream("side", told)
+    current = [training]
+
+    @contextmanager
+    def switched(stream: Stream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    with pytest.MonkeyPatch.context() as patch, late_gathers():
+        net, opt = stepped(rank)
+        gathering = opt._gathering
+        wait = gathering._wait
+        patch.setattr(gathering, "_wait", lambda some: (told.append(f"{current[-1].name} waits"), wait(some)))
+        patch.setattr(gathering, "_stream", training)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+        patch.setattr(torch.cuda, "stream", switched)
+        parameters = net.head.parameters()
+        with switched(side):
+            assert next(parameters).isfinite().all()
+        read = list(told)
+        told.clear()
+        assert all(p.isfinite().all() for p in parameters)
+        assert set(told) <= {"training waits"}
+        return read
+
+
+def test_the_stream_of_the_step_waits_for_what_another_one_reads(ranks: Callable[[int], Any]) -> None:
+    for read in ranks(2).run(beside):
+        assert read == ["training waits", "side waits for training"]

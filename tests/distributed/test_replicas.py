@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
 from fastopt.distributed import RanksDiffer, check_replicas, shard
-from fastopt.distributed.checksums import CHUNK, checksums
+from fastopt.distributed.checks.checksums import CHUNK, checksums
 
 from .test_complaints import backward, body_and_head, groups
 from .test_wire import counted

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fastopt
 from fastopt.distributed import shard
 
 from .test_averaged import average, told_by
-from .test_complaints import backward, body_and_head, groups
+from .test_complaints import backward, batch, body_and_head, groups
 from .test_wire import counted
 
 
@@ -184,6 +185,39 @@ def test_clipping_in_the_wrong_place_and_optimizers_in_another_order(ranks: Any)
     assert "the optimizer: of 2 parameters, '0.weight' to '0.bias' on rank 0; of 2 parameters, '1.weight'" in told
 
 
+def joins(rank: int, world_size: int, inner: bool) -> tuple[str, int, list[float]]:
+    """Uneven data: refused where it would leave ranks alone, right where all stop together."""
+    model = body_and_head()
+    wrapped = DistributedDataParallel(model)
+    opt: Any = shard(fastopt.Adam(groups(model), lr=0.1), model if inner else wrapped, stage=1)
+    done = 0
+
+    def epoch(**how: Any) -> None:
+        nonlocal done
+        with wrapped.join(**how):
+            for step in range(2 + rank):
+                backward(wrapped, step, rank)
+                opt.step()
+                opt.zero_grad()
+                done += 1
+
+    with pytest.raises(RuntimeError, match="no more data") as told:
+        epoch()
+    assert done == 0
+    with pytest.raises(RuntimeError, match="exhausted"):
+        epoch(throw_on_early_termination=True)
+    opt.synchronize()
+    return str(told.value), done, [float(p.detach().sum()) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_uneven_data_within_join(ranks: Any, inner: bool) -> None:
+    first, second = ranks(2).run(joins, inner)
+    assert first == second
+    assert first[1] == 2
+    assert "join(throw_on_early_termination=True)" in first[0]
+
+
 def test_a_process_group_that_comes_after_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     for stage in (1, 2):
         model, opt = job(stage)
@@ -196,3 +230,28 @@ def test_a_process_group_that_comes_after_shard(monkeypatch: pytest.MonkeyPatch)
             with pytest.raises(RuntimeError, match=r"each rank would train by itself: call .*init_process_group\(\)"):
                 opt.step()
         opt.step()
+
+
+# ---- a step between a forward and its backward pass
+
+
+def step_too_soon(rank: int, world_size: int, stage: int, options: dict[str, Any]) -> None:
+    model = body_and_head()
+    opt = shard(fastopt.Adam(groups(model), lr=0.1), model, stage=stage, **options)
+    for _ in range(2):
+        early, late = (model(batch(step, rank)).sum() for step in range(2))
+        early.backward()
+        if stage == 1:
+            average(model)
+        opt.step()
+        opt.zero_grad()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            late.backward()
+        opt.zero_grad()
+        train(model, opt, rank, range(1))
+
+
+@pytest.mark.parametrize(("stage", "options"), [(1, {}), (2, {}), (2, {"step_in_backward": True})])
+def test_a_step_between_a_forward_and_its_backward_pass(ranks: Any, stage: int, options: dict[str, Any]) -> None:
+    """Gradients would be those of no weights that there have ever been. PyTorch's optimizers raise, too."""
+    ranks(2).run(step_too_soon, stage, options)

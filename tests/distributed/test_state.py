@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,17 @@ def saved(rank: int, world_size: int, name: str) -> tuple[dict[str, Any], list[T
             if isinstance(value, tuple):
                 assert [piece.box for piece in value] == opt.boxes(p, tuple(p.shape))
                 assert {piece.name for piece in value} <= {opt.param_names()[p]}
-    return shown, weights(model)
+    return sent(shown), weights(model)
+
+
+def sent(shown: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with plain tuples of pieces, for one with `Pieces` is not pickled."""
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, tuple) else value
+
+    state = {i: {key: plain(value) for key, value in entry.items()} for i, entry in shown["state"].items()}
+    return {"state": state, "param_groups": shown["param_groups"]}
 
 
 def assemble(shown: list[dict[str, Any]]) -> dict[str, Any]:
@@ -226,12 +237,17 @@ def fewer_groups(state: dict[str, Any]) -> str:
     return "parameter groups"
 
 
+def option_of_torch(state: dict[str, Any]) -> str:
+    state["param_groups"][1]["maximize"] = True
+    return "maximize of group 1 is True, which has no effect"
+
+
 def no_state_dict(state: dict[str, Any]) -> str:
     state.clear()
     return "param_groups"
 
 
-WRONG = (wrong_boxes, missing_piece, foreign_name, wrong_shape, fewer_groups, no_state_dict)
+WRONG = (wrong_boxes, missing_piece, foreign_name, wrong_shape, fewer_groups, option_of_torch, no_state_dict)
 
 
 def refuses(rank: int, world_size: int) -> None:
@@ -316,3 +332,50 @@ def test_engine_tells_of_slices_also_before_the_first_step_after_a_load() -> Non
     wrapped = Model()
     whole = shard(fastopt.OptimWrapper(torch.optim.AdamW(wrapped.param_groups())), wrapped)
     assert {choice.executor for choice in whole.engine} == {"eager"}
+
+
+def pickles(rank: int, world_size: int) -> None:
+    model = Model()
+    opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model, stage=1)
+    train(opt, range(1))
+    for attempt in (pickle.dumps, lambda state: torch.save(state, io.BytesIO())):
+        with pytest.raises(TypeError, match=r"spread over the ranks, .*call opt.consolidate_state_dict\(\) on all"):
+            attempt(opt.state_dict())
+        with pytest.raises(TypeError, match="spread over the ranks"):
+            attempt(copy.deepcopy(dict(opt.state_dict())))
+    opt.consolidate_state_dict()
+    if rank == 0:
+        torch.save(opt.state_dict(), io.BytesIO())
+
+
+def test_a_part_of_a_state_is_not_pickled(ranks: Any) -> None:
+    """Others save the state dict of rank 0 alone, and could not even load it."""
+    ranks(2).run(pickles)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_alone_a_state_dict_is_pickled_as_plain_tensors(name: str) -> None:
+    _, opt = make(name)
+    train(opt, range(1))
+    file = io.BytesIO()
+    torch.save(opt.state_dict(), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    plain = plain_run(name, 1)[1].state_dict()["state"]
+    assert loaded["state"].keys() == plain.keys()
+    for i, entry in plain.items():
+        for key, value in entry.items():
+            got = loaded["state"][i][key]
+            assert type(got) is type(value)
+            if isinstance(value, Tensor):
+                torch.testing.assert_close(got, value)
+
+
+def test_each_parameter_has_a_storage_of_its_own() -> None:
+    """Accelerate and safetensors take tensors on one storage for one tensor, and save the first of them alone."""
+    model = Model()
+    opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model, bucket_bytes=1 << 20)
+    assert len(opt.layout.buckets) == 1
+    storages = [p.untyped_storage() for p in model.parameters()]
+    assert len({(storage.data_ptr(), storage.nbytes()) for storage in storages}) == len(storages)
+    assert [storage.nbytes() for storage in storages] == [p.nbytes for p in model.parameters()]

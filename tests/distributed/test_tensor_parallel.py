@@ -17,7 +17,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import fastopt
 from fastopt.checkpoint import load, save
-from fastopt.distributed import RanksDiffer, along, shard
+from fastopt.distributed import RanksDiffer, shard
+from fastopt.distributed.checks import other_dimensions
 
 from .muon import muon
 from .test_wire import counted
@@ -297,7 +298,7 @@ def differ_along_the_plan(rank: int, world_size: int) -> list[str]:
     except RanksDiffer as error:
         told.append(str(error))
     opt = shard(fastopt.Adam(net.parameters(), lr=0.1), net, group=mesh["dp"])
-    before, along.EVERY = along.EVERY, 3
+    before, other_dimensions.EVERY = other_dimensions.EVERY, 3
     try:
         for step in range(6):
             if step == 1:
@@ -310,7 +311,7 @@ def differ_along_the_plan(rank: int, world_size: int) -> list[str]:
     except RanksDiffer as error:
         told.append(f"step {step}: {error}")
     finally:
-        along.EVERY = before
+        other_dimensions.EVERY = before
     return told
 
 

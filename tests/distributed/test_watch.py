@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import nn
 
 import fastopt
-from fastopt.distributed import RanksMissing, shard, watch
-from fastopt.distributed.watch import Watch
+from fastopt.distributed import RanksMissing, shard
+from fastopt.distributed.communication import watch
+from fastopt.distributed.communication.watch import Watch
 
 
 def network() -> nn.Sequential:

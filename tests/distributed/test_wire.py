@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastopt
-from fastopt.distributed import shard, transport
+from fastopt.distributed import shard
+from fastopt.distributed.communication import transport
 
 from .problems import EVERY, Model, feed, members
 
@@ -317,4 +318,9 @@ def test_parameters_become_views_and_keep_their_identity() -> None:
         assert id(p) == before[name][0]
         assert torch.equal(p, before[name][1])
         assert p.is_contiguous()
-    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(opt.layout.buckets) == 1
+        assert p.untyped_storage().nbytes() == p.nbytes
+    (bucket,) = opt.layout.buckets
+    places = [opt.layout.place(i)[1].start for i in range(len(before))]
+    first = next(model.parameters()).data_ptr()
+    assert [p.data_ptr() - first for p in model.parameters()] == [4 * (at - places[0]) for at in places]
+    assert max(places) < bucket.numel

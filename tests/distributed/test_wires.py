@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastopt.distributed.buckets import Buffers
-from fastopt.distributed.header import EXTRA, PLACES, decode, encode
-from fastopt.distributed.layout import Layout
-from fastopt.distributed.packing import own_part, own_spans, pack, unpack
-from fastopt.distributed.places import ParamSpec
-from fastopt.distributed.wire import Wire, wire_of
+from fastopt.distributed.ownership.layout import Layout
+from fastopt.distributed.ownership.places import ParamSpec
+from fastopt.distributed.parameters.buckets import Buffers
+from fastopt.distributed.wires.header import EXTRA, PLACES, decode, encode
+from fastopt.distributed.wires.packing import own_part, own_spans, pack, unpack
+from fastopt.distributed.wires.wire import Wire, wire_of
 
 from .test_layout import kinds, param_lists, sizes
 

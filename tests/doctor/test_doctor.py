@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from fastopt.command import main
 from fastopt.doctor import collectives, software, steps, stores
 from fastopt.doctor.findings import Finding
-from fastopt.engine import native
+from fastopt.engine.cohorts import native
 
 from ..commands import ROOT
 
@@ -154,6 +154,34 @@ def test_a_store_that_loses_data_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (found.state, found.name) == ("broken", f"{tmp_path}/file")
     monkeypatch.setattr(stores, "load", lambda *args, **kwargs: None)
     assert stores.under(str(tmp_path)).text == "a checkpoint came back otherwise than it was saved"
+
+
+def test_the_round_trip_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert stores.under(f"{tmp_path}/new/deep").state == "ok"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    assert stores.under(f"{tmp_path}/mine/deep").state == "ok"
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stores, "load", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stores.under(f"{tmp_path}/new/deep")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
+
+
+def test_what_stays_behind_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuses(place: str, new: object) -> None:
+        raise PermissionError("no deleting here")
+
+    monkeypatch.setattr(stores, "_remove", refuses)
+    monkeypatch.setattr(stores, "load", lambda *args, **kwargs: None)
+    found = stores.under(str(tmp_path))
+    assert found.state == "broken"
+    assert found.text.startswith(f"a checkpoint came back otherwise than it was saved, but {tmp_path}/fastopt-doctor-")
+    assert found.text.endswith(" cannot be removed: PermissionError: no deleting here")
 
 
 def test_a_store_that_is_not_installed_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

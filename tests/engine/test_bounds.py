@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastopt import Adam, Lamb, Optimizer, average_grad, weight_decay
-from fastopt.engine import llvm_run, plan
-from fastopt.engine.llvm_source import CHUNK, TABLES
+from fastopt.engine.cohorts import plan
+from fastopt.engine.executors import llvm_run
+from fastopt.engine.executors.llvm_source import CHUNK, TABLES
 
 pytest.importorskip("llvmlite")
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no mprotect")

@@ -106,7 +106,26 @@ def other_layout(opt: Any, ps: list[Tensor], i: int) -> None:
         ps[0].grad = ps[0].grad.t().contiguous().t()
 
 
-CHANGES = [freeze, some_without_gradient, clear, load, move_data, replace_state, marks, hypers, add_group, other_layout]
+def betas_in_place(opt: Any, ps: list[Tensor], i: int) -> None:
+    if i == 3:
+        opt.param_groups[0]["betas"] = [0.8, 0.9]  # as a configuration file has it
+    if i == 5:
+        opt.param_groups[0]["betas"][0] = 0.2
+
+
+CHANGES = [
+    betas_in_place,
+    freeze,
+    some_without_gradient,
+    clear,
+    load,
+    move_data,
+    replace_state,
+    marks,
+    hypers,
+    add_group,
+    other_layout,
+]
 
 
 @each_engine
@@ -186,7 +205,7 @@ def test_ways_that_were_recorded_before_cost_no_new_look_at_everything(
 def by_columns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let `foreach` take scalars by columns, as kernels on GPUs do; counts the steps that came so."""
     from fastopt.engine import run
-    from fastopt.engine.chain import Row
+    from fastopt.engine.recording.chain import Row
 
     came: list[int] = []
     steady, blocks = run.Steady, run.run_blocks

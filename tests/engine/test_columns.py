@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastopt.engine.columns import NoColumn, column, columns, evaluate_columns, row_of
-from fastopt.engine.numbers import Tape
+from fastopt.engine.recording.columns import NoColumn, column, columns, evaluate_columns, row_of
+from fastopt.engine.recording.numbers import Tape
 
 numbers = st.floats(-4, 4) | st.sampled_from([0.0, -0.0, 1e-300, 1e300, math.inf])
 BINARY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "**": operator.pow,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastopt import Adam, Lamb, Optimizer
-from fastopt.engine import blocks
+from fastopt.engine.executors import blocks
 from tests.fastopt.samples import Case, every_native
 
 from .chains import FOREIGN, foreign, random_chains

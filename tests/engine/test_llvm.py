@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastopt import SGD, Adam, Lamb, Larc, Optimizer
-from fastopt.engine.llvm_compile import _object_of
-from fastopt.engine.llvm_source import Layout, source_of
+from fastopt.engine.executors.llvm_compile import _object_of
+from fastopt.engine.executors.llvm_source import Layout, source_of
 from tests.fastopt.samples import Case, every_native
 
 from .chains import FOREIGN, foreign, random_cb, random_chains
@@ -358,7 +358,7 @@ def test_a_forked_process_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_structure_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastopt.engine import llvm_compile, llvm_run
+    from fastopt.engine.executors import llvm_compile, llvm_run
 
     compiled: list[str] = []
     real = llvm_compile._object_of

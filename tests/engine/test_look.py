@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastopt import SGD, Adam
-from fastopt.engine import look, native
-from fastopt.engine.look import Looked, same_members
+from fastopt.engine.cohorts import look, native
+from fastopt.engine.cohorts.look import Looked, count_change, same_members
 
 compiler = pytest.mark.skipif(
     shutil.which(native._compiler()) is None, reason="there is no C++ compiler on this machine"
@@ -79,7 +79,12 @@ def _transpose_grad_in_place(params: list[Tensor], state: list[Tensor]) -> None:
     params[0].grad.t_()
 
 
+def _grad_is_state(params: list[Tensor], state: list[Tensor]) -> None:
+    params[1].grad = state[1]
+
+
 CHANGES = {
+    "gradient is a state": _grad_is_state,
     "first half of p.data": _first_half,
     "gradient transposed in place": _transpose_grad_in_place,
     "p.data": _set_data,
@@ -88,6 +93,7 @@ CHANGES = {
     "no gradient": _other_grad(lambda p: None),
     "sparse gradient": _other_grad(lambda p: torch.ones_like(p).to_sparse()),
     "gradient with gaps": _other_grad(lambda p: torch.ones(3, 3).t()),
+    "gradient is p": _other_grad(Tensor.detach),
     "negative view": _other_grad(lambda p: torch.imag(torch.ones(3, 3, dtype=torch.complex64).conj()).t().t()),
 }
 
@@ -127,6 +133,17 @@ def test_a_gradient_with_other_memory_is_seen(eyes: str, request: pytest.Fixture
     version = looked.version
     _set_grad_data(params, [])
     assert not looked.again() or looked.version == version + 1
+
+
+@both
+def test_changes_are_counted_for_autograd(eyes: str, request: pytest.FixtureRequest) -> None:
+    if eyes == "native":
+        request.getfixturevalue("compiled")
+    params = _params()
+    with torch.inference_mode():
+        uncounted = torch.ones(2)
+    count_change([*params, uncounted])
+    assert [p._version for p in params] == [1, 1]
 
 
 @compiler

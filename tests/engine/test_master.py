@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastopt import SGD, Adam, Lamb, Larc, Lookahead, Optimizer, RAdam, Ranger
-from fastopt.engine.printing import program_text
+from fastopt.engine.recording.printing import program_text
 
 from .compare import entries, gradients, params, side_by_side
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy import random as numbers
+from torch.nn.functional import dropout
 
 from fastopt import SGD, Adam, Optimizer, average_grad
 
@@ -55,11 +57,27 @@ def multiplies_matrices(p, lr, **kwargs):
 
 
 def draws(p, lr, **kwargs):
-    p.data.add_(torch.rand_like(p), alpha=0 * lr)
+    p.data.add_(torch.rand_like(p), alpha=lr)
 
 
 def draws_numbers(p, lr, **kwargs):
-    p.data.sub_(lr * (0.5 + 0 * random.random()))
+    p.data.sub_(lr * (0.5 + random.random()))
+
+
+def draws_by_another_name(p, lr, **kwargs):
+    p.data.sub_(lr * numbers.uniform())
+
+
+def draws_by_a_method(p, lr, **kwargs):
+    p.data.sub_(lr * torch.empty(()).uniform_())
+
+
+def draws_by_a_function(p, lr, **kwargs):
+    p.data.sub_(lr * dropout(torch.ones(())))
+
+
+def draws_from_a_distribution(p, lr, **kwargs):
+    p.data.sub_(lr * torch.distributions.Normal(0.0, 1.0).rsample())
 
 
 def keeps_a_list(p, lr, **kwargs):
@@ -120,6 +138,10 @@ REFUSED = {
     multiplies_matrices: "t of a tensor",
     draws: "random",
     draws_numbers: "random",
+    draws_by_another_name: "numbers.uniform draws random numbers",
+    draws_by_a_method: "uniform_ draws random numbers",
+    draws_by_a_function: "dropout draws random numbers",
+    draws_from_a_distribution: "rsample draws random numbers",
     keeps_a_list: "SEEN",
     keeps_a_global: "COUNT",
     shares_the_gradient: "gradient itself",
@@ -127,10 +149,17 @@ REFUSED = {
 }
 
 
+def _seeded(cb: Any, engine: str | None) -> tuple[Optimizer, torch.Tensor]:
+    """`stepped`, with the same random numbers each time."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    return stepped(cb, engine)
+
+
 @pytest.mark.parametrize("cb", REFUSED, ids=lambda cb: cb.__name__)
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_why(cb: Any) -> None:
-    opt, ours = stepped(cb)
-    _, theirs = stepped(cb, "eager")
+    (opt, ours), (_, theirs) = _seeded(cb, None), _seeded(cb, "eager")
     assert torch.equal(ours, theirs)
     (choice,) = opt.engine
     assert choice.executor == "eager"
@@ -314,6 +343,51 @@ def test_what_a_cb_reads_in_other_ways_is_read_again(make: Any, monkeypatch: pyt
             opt.step()
         ends.append(p.tolist())
     assert ends[0] == ends[1]
+
+
+LATER = {
+    "global": (lambda p, lr, **kwargs: p.data.sub_(lr * DEFINED_LATER), "DEFINED_LATER", NameError),  # type: ignore[name-defined]  # noqa: F821
+    "builtin": (lambda p, lr, **kwargs: p.data.sub_(max(lr, 0.5 * lr)), "max", None),
+}
+
+
+@pytest.mark.parametrize(("cb", "name", "error"), LATER.values(), ids=LATER)
+def test_names_that_are_defined_later(cb: Any, name: str, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = torch.zeros(1)
+    p.grad = torch.ones(1)
+    opt = Optimizer([p], cb, lr=1.0)
+    if error is not None:
+        with pytest.raises(error):
+            opt.step()
+    else:
+        opt.step()
+    p.zero_()
+    for value in (2.0, 2.0, 3.0) if error else (min, min, min):
+        monkeypatch.setitem(globals(), name, value)
+        opt.step()
+    assert p.tolist() == [-7.0 if error else -1.5]
+    assert opt.engine[0].executor == "foreach"
+
+
+def alternates(p, lr, last=None, **kwargs):
+    p.data.sub_(lr * p.grad if last is None else 0.5 * lr)
+    return {"last": lr if last is None else None}
+
+
+def turns_float(p, lr, n=0, **kwargs):
+    p.data.sub_(lr * p.grad * (1.0 if isinstance(n, int) else 0.25))
+    if isinstance(n, int):
+        return {"n": n * 1.5 if n == 4 else n + 1}
+    return {"n": 0 if n > 9 else n + 2}
+
+
+@pytest.mark.parametrize("engine", ["foreach", "llvm"])
+@pytest.mark.parametrize("cb", [alternates, turns_float], ids=lambda cb: cb.__name__)
+def test_numbers_of_the_state_that_change_their_type(cb: Any, engine: str) -> None:
+    (opt, ours), (other, theirs) = stepped(cb, engine, steps=30), stepped(cb, "eager", steps=30)
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert list(opt.state.values()) == list(other.state.values())
+    assert opt.engine[0].executor == engine
 
 
 def test_numbers_that_decide_or_leave_python_are_guarded() -> None:

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fastopt.engine.workers import share_out
+from fastopt.engine.executors.workers import share_out
 
 
 def test_every_call_is_made_once() -> None:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 
 import click
 import pytest
@@ -16,6 +22,8 @@ import torch
 from click.testing import CliRunner
 
 import fastopt
+from fastopt.bench import children
+from fastopt.bench.children import deaf, ended_together
 from fastopt.command import COMMANDS, main
 from fastopt.command.printing import print_json, say
 
@@ -134,6 +142,76 @@ def test_what_the_system_refuses_is_a_sentence() -> None:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "Error: OSError: [Errno 28] No space left on device"
+
+
+def test_ctrl_c_has_an_exit_code_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for module, arguments in (
+        ("fastopt.distributed.command.make_plan", ("plan", "--params", "1e6", "--ranks", "2")),
+        ("fastopt.bench.checkpoint.command.plan", ("bench", "checkpoint", "--only", "plan")),
+    ):
+        monkeypatch.setattr(module, pressed)
+        assert called(*arguments) == (130, "\ninterrupted\n")
+    with pytest.raises(SystemExit, match="130"):
+        import_module("fastopt.bench.checkpoint.command").main(["--only", "plan"])
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fastopt.command import main; main(['--help'])",
+        "with ended_by_others(): print('not flushed'); raise Exit(1)",
+        "with ended_by_others(): print_table(['a'], [['b']])",
+    ],
+)
+def test_a_reader_that_has_enough_is_no_answer(code: str) -> None:
+    names = (
+        "from click.exceptions import Exit\nfrom fastopt.command.ending import ended_by_others\n"
+        "from fastopt.command.printing import print_table\n"
+    )
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-c", names + code], stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.fixture
+def hears() -> Iterator[None]:
+    """This process hears Ctrl-C, which one that a shell has started in the background does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def sleep(hears_term: bool, ready: Event) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if hears_term else signal.SIG_IGN)
+    ready.set()
+    time.sleep(600)
+
+
+@pytest.mark.usefixtures("hears")
+@pytest.mark.parametrize("hears_term", [True, False])
+def test_processes_of_a_benchmark_end_with_it(hears_term: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of whom a library, or a hang, has made that they do not end when asked."""
+    monkeypatch.setattr(children, "_GRACE", 300.0 if hears_term else 0.1)
+    fork = get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=sleep, args=(hears_term, ready))
+
+    def measure() -> None:
+        with ended_together():
+            with deaf():
+                child.start()
+            assert ready.wait(60)
+            os.kill(child.pid or 0, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    assert child.exitcode == (-signal.SIGTERM if hears_term else -signal.SIGKILL)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,15 +155,18 @@ class TestLoop:
         torch.testing.assert_close(strided, b[0])
 
     @every_native
-    def test_no_version_of_a_saved_tensor_is_missed(self, case: Case) -> None:
-        """Steps work between two backward passes of one graph and on parameters that require grad."""
-        m = model()
-        opt = case(m.parameters(), lr=0.01)
-        for seed in range(3):
-            backward(m, seed)
+    @pytest.mark.parametrize("engine", ["eager", "foreach", "llvm"])
+    def test_a_backward_pass_through_weights_that_have_stepped_is_an_error(self, case: Case, engine: str) -> None:
+        """As after torch's own steps: its gradients would be those of no weights at all."""
+        weight, factor = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        opt = case([weight], lr=0.01, engine=engine)
+        for _ in range(4):  # the first step and those like the last
+            loss = (weight * factor).sum()
+            loss.backward(retain_graph=True)
             opt.step()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
             opt.zero_grad()
-            assert all(p.grad is None and p.is_leaf and p.requires_grad for p in m.parameters())
 
 
 class TestClosure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -233,6 +234,7 @@ class TestChoice:
         assert Lamb([a]).engine[0].executor == SGD([a]).engine[0].executor == "eager"
         assert "few operations" in SGD([a]).engine[0].reason
         assert Lamb([a], engine="foreach").engine[0].executor == "foreach"
+        assert SGD([a], engine="triton").engine[0] == (0, "foreach", "triton, chosen by engine=, cannot run it here")
 
     def test_a_chain_that_runs_as_it_is_is_not_sorted_in_every_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("fastopt.engine.run.llvm_is_there", lambda: False)
@@ -435,3 +437,21 @@ def test_an_error_in_a_norm_cb_does_not_leave_the_engine_waiting() -> None:
 def test_what_cannot_be_called_is_named(cbs: object, named: str) -> None:
     with pytest.raises(TypeError, match=named):
         Optimizer([torch.zeros(2)], cbs, lr=0.1)
+
+
+def test_a_chain_that_moves_nothing_is_said_once() -> None:
+    def renames(p: Tensor, lr: float, **kwargs: Any) -> None:
+        p = p - lr * p.grad
+
+    (p,) = tensors((2,))
+    opt = Optimizer([p], [average_grad, renames], lr=0.1)
+    p.grad = torch.ones(2)
+    with pytest.warns(UserWarning, match="moved no parameter, though renames asks for lr: change p in place"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        Optimizer([p], [average_grad]).step()
+        half = p.bfloat16()
+        half.grad = p.grad.bfloat16()
+        SGD([half], lr=0.0, master_weights=True, engine="foreach").step()

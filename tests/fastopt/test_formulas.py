@@ -304,6 +304,17 @@ class TestEdges:
         wanted[[1, 3]] -= 0.1
         torch.testing.assert_close(table.weight.detach(), wanted)
 
+    def test_an_l2_penalty_refuses_sparse_gradients(self) -> None:
+        table = torch.nn.Embedding(5, 2, sparse=True)
+        opt = SGD(table.parameters(), lr=0.1, wd=0.1, decouple_wd=False)
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(RuntimeError, match=r"sparse gradient, which l2_reg with wd=0.1 cannot take"):
+            opt.step()
+        opt.set_hyper("wd", 0.0)
+        before = table.weight.detach().clone()
+        opt.step()
+        assert torch.allclose(before[1] - 0.1, table.weight[1])
+
     @pytest.mark.parametrize("engine", [None, "eager"])
     def test_sparse_gradients_are_refused_before_anything_changes(self, engine: str | None) -> None:
         p, table = torch.ones(2, requires_grad=True), torch.nn.Embedding(5, 2, sparse=True)

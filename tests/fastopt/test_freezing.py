@@ -256,6 +256,22 @@ class TestZeroGrad:
         assert kept is not None
         assert torch.equal(kept, torch.zeros(2))
 
+    @every_optimizer
+    def test_a_parameter_frozen_by_hand_keeps_no_gradient_to_step_with(self, case: Case) -> None:
+        m = model()
+        opt = case([*m.parameters()])
+        for _ in range(2):
+            m(torch.ones(1, 4)).square().sum().backward()
+            opt.step()
+        weight = next(m.parameters())
+        weight.requires_grad_(False)  # with its last gradient and momentum
+        before = weight.detach().clone()
+        for _ in range(2):
+            opt.zero_grad()
+            m(torch.ones(1, 4)).square().sum().backward()
+            opt.step()
+        assert torch.equal(weight, before)
+
     @pytest.mark.parametrize("requires_grad", [True, False])
     def test_true_and_false_do_what_they_say(self, requires_grad: bool) -> None:
         params = tensors((2,), requires_grad=requires_grad)

@@ -11,7 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from fastopt import SGD, Adam, Larc, Lookahead, Optimizer, Ranger, RMSProp, detuplify_pg, set_item_pg, sgd_step
+from fastopt import (
+    SGD,
+    Adam,
+    Larc,
+    Lookahead,
+    Optimizer,
+    Ranger,
+    RMSProp,
+    average_grad,
+    detuplify_pg,
+    momentum_step,
+    set_item_pg,
+    sgd_step,
+)
 
 from .samples import Case, every_native, every_optimizer, give_grads, tensors
 
@@ -152,7 +165,7 @@ def test_lookahead_needs_a_whole_k(k: Any) -> None:
 
 
 class TestSpellings:
-    """PyTorch's names and the seed's, in constructors, set_hyper and the views."""
+    """PyTorch's names and the callbacks', in constructors, set_hyper and the views."""
 
     @pytest.mark.parametrize(
         ("ours", "torchs"),
@@ -425,3 +438,19 @@ def test_a_new_name_that_is_nearly_another_is_said_to_be_one() -> None:
         opt.set_hyper("weight_decay", 0.1)
         opt.set_hyper("nu", 0.1)
         opt.set_hyper("weight_deca", 0.2)
+
+
+def test_a_name_that_no_callback_asks_for_and_is_nearly_another() -> None:
+    with pytest.warns(UserWarning, match="no callback asks for 'momm', did you mean 'mom'"):
+        Optimizer([torch.ones(1)], [average_grad, momentum_step], lr=0.1, momm=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Optimizer([torch.ones(1)], [average_grad, momentum_step], lr=0.1, mom=0.5, momm=0.5, note="anything")
+
+
+@pytest.mark.parametrize("cls", [SGD, RMSProp, Adam])
+def test_options_of_torch_that_would_have_no_effect(cls: Any) -> None:
+    for name in ("maximize", "nesterov", "amsgrad", "centered", "differentiable"):
+        with pytest.raises(ValueError, match=f"{name} of group 0 is True, which has no effect here"):
+            cls([{"params": [torch.ones(1)], name: True}])
+        cls([{"params": [torch.ones(1)], name: False}])

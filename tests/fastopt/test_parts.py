@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from fastopt import Adam, Lamb, Larc, Optimizer, OptimWrapper, average_grad
+from fastopt import SGD, Adam, Lamb, Larc, Optimizer, OptimWrapper, average_grad
 from fastopt.distributed import shard
 
 from ..distributed.callbacks import counting_step, sign_step, turning_step, unit_step
@@ -426,3 +426,20 @@ def not_replayed(rank: int, world_size: int) -> None:
 
 def test_what_cannot_be_replayed_says_why(ranks: Any) -> None:
     ranks(2).run(not_replayed)
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, float("inf")])
+def test_clipping_complex_and_sparse_gradients(norm_type: float) -> None:
+    torch.manual_seed(0)
+    p, q = nn.Parameter(torch.ones(3, dtype=torch.complex64)), nn.Parameter(torch.ones(4, 2))
+    p.grad = torch.randn(3, dtype=torch.complex64)
+    rows = torch.randn(3, 2)
+    q.grad = torch.sparse_coo_tensor([[1, 1, 3]], rows, (4, 2), check_invariants=True)
+    before, summed = p.grad.clone(), q.grad.to_dense()
+    magnitudes = torch.cat([before.abs(), summed.flatten().abs()]).double()
+    norm = magnitudes.max() if norm_type == float("inf") else magnitudes.pow(norm_type).sum() ** (1 / norm_type)
+    found = SGD([p, q]).clip_grad_norm_(0.5, norm_type)
+    assert found.item() == pytest.approx(norm.item(), rel=1e-6)
+    torch.testing.assert_close(p.grad, before * (0.5 / norm.item()))
+    assert q.grad is not None
+    torch.testing.assert_close(q.grad.to_dense(), summed * (0.5 / norm.item()))

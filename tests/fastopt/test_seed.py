@@ -1,4 +1,4 @@
-"""The facts of the document that this library follows, section by section, with numbers from the formulas."""
+"""The facts of the tour (docs/tour), section by section, with numbers from the formulas."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections import defaultdict
 
 import pytest
@@ -187,3 +188,22 @@ def test_state_survives_torch_save() -> None:
     loaded = torch.load(file, weights_only=True)
     assert loaded["state"][0]["step"] == 2
     assert type(loaded["state"][0]) is dict
+
+
+def test_states_and_marks_of_replaced_parameters_are_told() -> None:
+    """Accelerate puts sharded parameters in the place of those in the groups (FSDP2)."""
+    old, new = ([torch.ones(2, requires_grad=True) for _ in range(2)] for _ in range(2))
+    opt = Adam(old, lr=0.1)
+    opt.state[old[0]] = {"do_wd": False}
+    opt.param_groups[0]["params"] = new
+    give_grads(new, 0)
+    with pytest.warns(UserWarning, match=r"of 1 parameters .* in no group any more, 1 with marks \(do_wd"):
+        opt.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step()
+        opt.param_lists = [old]  # with their states, as fastai's mixed precision does it
+        for p, q in zip(old, new, strict=True):
+            opt.state[p] = opt.state.pop(q)
+        give_grads(old, 1)
+        opt.step()

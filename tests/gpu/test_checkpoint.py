@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import mmap
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,13 @@ from torch import Tensor, nn
 from fastopt import Box
 from fastopt.bench.checkpoint.live import pinned_bytes
 from fastopt.checkpoint import Checkpointer, CheckpointError, load, save
-from fastopt.checkpoint.datafile import Item
-from fastopt.checkpoint.devices import PIECE, Devices
-from fastopt.checkpoint.dtypes import DTYPES
-from fastopt.checkpoint.reading import Wanted
-from fastopt.checkpoint.staging import Staging
+from fastopt.checkpoint.format.datafile import Item
+from fastopt.checkpoint.format.dtypes import DTYPES
+from fastopt.checkpoint.io import hostmemory
+from fastopt.checkpoint.io.gpu_copies import PIECE, Devices
+from fastopt.checkpoint.io.hostmemory import host_memory
+from fastopt.checkpoint.loading.reading import Wanted
+from fastopt.checkpoint.saving.staging import Staging
 
 from ..checkpoint.jobs import bits, data_files, element_values, states_by_name
 from ..checkpoint.test_devices import COLUMNS, ROWS, WHOLE, reader
@@ -200,6 +205,42 @@ def test_views_that_conjugate(tmp_path: Path) -> None:
     reader(tmp_path, [Wanted("model/a", [WHOLE], [buffer])]).read()
     expected = torch.complex(values.real, -values.imag)
     assert bits(buffer) == bits(expected) == bits(staged)
+
+
+def test_pinned_memory_of_our_own() -> None:
+    """Pinned as much as asked for, none of PyTorch's; a fork in between changes nothing."""
+    size = (33 << 20) + 4096
+    before = pinned_bytes()
+    memory = host_memory(size, pin=True)
+    address = memory.data_ptr()
+    assert (memory.is_pinned(), memory[-1:].is_pinned()) == (True, True)
+    assert pinned_bytes() == before
+    values = anything(torch.uint8, size)
+    memory.fill_(5)
+    process = os.fork()
+    if not process:
+        os._exit(int(memory[::4096][:100].any()))  # no share in it: zeros; a few, as OpenMP's threads were not forked
+    memory.fill_(1)
+    memory.copy_(values.cuda(), non_blocking=True)
+    torch.cuda.synchronize()
+    assert torch.equal(memory, values)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    del memory
+    gc.collect()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    assert int(runtime.cudaHostUnregister(address)) != 0, "it was still pinned"
+    hostmemory._forget_error()
+    assert torch.ones(5, device="cuda").sum() == 5
+
+
+def test_memory_that_cannot_be_pinned() -> None:
+    """A warning, and the next kernel hears nothing of it."""
+    memory = hostmemory._Memory(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = torch.frombuffer(memory, dtype=torch.uint8)
+    memory.pin(found)
+    with pytest.warns(UserWarning, match="1048576 bytes for copies cannot be pinned, they are slower: .*already"):
+        memory.pin(found)  # CUDA refuses that
+    assert torch.ones(5, device="cuda").sum() == 5
 
 
 @pytest.mark.parametrize("way", ["default", *WAYS])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +26,9 @@ def train(rank: int, world: int, folder: str, flags: list[str]) -> dict[str, tor
     """Train on this rank into `folder`; the final weights."""
     files = ["--data", f"{folder}/text", "--metrics", f"{folder}/{world}.jsonl", "--plot", ""]
     config = parse([*TINY, *files, "--steps", str(STEPS), "--val-every", "4", "--threads", "1", *flags])
-    trainer = Trainer(config, Ranks(rank, world, world, torch.device("cpu"), 0), StopRequest())
-    trainer.run()
+    with StopRequest() as stop:
+        trainer = Trainer(config, Ranks(rank, world, world, torch.device("cpu"), 0), stop)
+        trainer.run()
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
@@ -61,10 +64,19 @@ def test_every_stage_trains_as_one_process_does(
             torch.testing.assert_close(p, expected[name], rtol=1e-2, atol=2e-4)
 
 
+def test_a_stop_request_hears_signals_until_the_end_of_its_block():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.name, bool(stop)) == ("SIGTERM", True)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_frozen_groups_stay_where_they_are(text: Path):
     flags = "--metrics= --plot= --freeze-to 2 --unfreeze-at 4 --steps 8 --wd 0.5 --threads 1"
     config = parse([*TINY, "--data", f"{text}/text", *flags.split()])
-    trainer = Trainer(config, Ranks(0, 1, 1, torch.device("cpu"), 0), StopRequest())
+    with StopRequest() as stop:
+        trainer = Trainer(config, Ranks(0, 1, 1, torch.device("cpu"), 0), stop)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     moved = []
     for _ in range(2):

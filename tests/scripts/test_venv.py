@@ -174,7 +174,7 @@ def test_no_fitting_python_is_one_sentence(checkout: Checkout) -> None:
 def test_train_starts_two_ranks_and_hands_its_arguments_on(checkout: Checkout) -> None:
     script = checkout.root / "scripts"
     _, out, _ = checkout.run("train", "--data", "a file", "--steps", "3")
-    ranks = "-m torch.distributed.run --standalone --nproc-per-node=2"
+    ranks = f"{script}/launch.py --standalone --nproc-per-node=2"
     checked = f"ran {script}/train.py --check --data a file --steps 3\n"
     assert out == f"{checked}ran {ranks} {script}/train.py --data a file --steps 3\n"
     assert checkout.run("train", "--steps", "3", "--demo")[1] == f"ran {script}/demo.py --steps 3\n"

@@ -27,6 +27,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
+from ...command.ending import ended_by_others
+from ..children import ended_together
 from ..options import new_file, positive, whole
 from .live import live
 from .planning import plan
@@ -58,7 +61,7 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     parser.add_argument("--model", default="gpt2", choices=MODELS, help="whose state [gpt2]")
     parser.add_argument("--scale", type=positive, default=1.0, help="width of the model")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the state is [cpu]")
-    parser.add_argument("--only", default="", choices=(*_RUNS, "plan"), help="one part; without, all")
+    parser.add_argument("--only", default="", choices=(*_RUNS, "plan"), help="one part; without, all but live")
     parser.add_argument("--out", type=new_file, default=None, help="JSON to write")
     args = parser.parse_args(given)
     if args.folder is not None and not Path(args.folder).is_dir():
@@ -68,6 +71,7 @@ def arguments(given: Sequence[str] | None, prog: str | None) -> argparse.Namespa
     return args
 
 
+@ended_by_others()
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Run everything that the options say, print it, write it.
 
@@ -101,8 +105,12 @@ def on_ranks(settings: Settings, runs: Sequence[str]) -> dict[str, Any]:
     Raises:
         ProcessRaisedException: a rank failed; the others are stopped.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (settings, runs, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(dir=settings.folder) as files,
+        ended_together(),
+    ):
+        arguments = (replace(settings, folder=files), runs, Path(folder))
         spawn(rank_main, arguments, nprocs=settings.ranks)  # type: ignore[no-untyped-call]
         found: dict[str, Any] = json.loads((Path(folder) / "result.json").read_text())
     return found

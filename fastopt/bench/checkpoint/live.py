@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ...checkpoint import load, save
-from ...checkpoint.reading import processors
+from ...checkpoint.io.processors import processors
 from .folders import fresh_folder, remove_folder
 from .measuring import measured, read_raw, write_raw
 from .settings import Settings
@@ -57,6 +58,7 @@ def live(settings: Settings, rows: dict[str, Any]) -> None:
         "fastopt, checked during": lambda: load(place / "ours", opt=opt, check="during"),
         "fastopt, by copies": lambda: load(place / "ours", opt=opt, staging=1 << 60),
     }
+    gc.freeze()  # see `rounds`
     times: dict[str, list[float]] = {}
     grown: dict[str, int] = {}
     pinned: dict[str, int] = {}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def resident() -> tuple[int, int]:
-    """Bytes resident now, and at most since `reset_peak`."""
+    """Bytes resident now, and at most since the peak was reset (`clear_refs`)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return int(fields["VmRSS"].split()[0]) << 10, int(fields["VmHWM"].split()[0]) << 10
 

@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 
-from ...checkpoint.assemble import assemble, rank_record
-from ...checkpoint.datafile import Item
-from ...checkpoint.manifest import from_bytes, to_bytes
-from ...checkpoint.plan import Use, Whole, block_bytes, pack, reads, share_out
-from ...checkpoint.records import DataFile, Group, Manifest, ModelPart, OptPart, ParamStates, model_key, state_key
-from ...checkpoint.writing import PART_BYTES, FileRecord
+from ...checkpoint.contents.plan import Use, Whole, block_bytes, pack, reads, share_out
+from ...checkpoint.format.datafile import Item
+from ...checkpoint.format.manifest import from_bytes, to_bytes
+from ...checkpoint.format.records import (
+    DataFile,
+    Group,
+    Manifest,
+    ModelPart,
+    OptPart,
+    ParamStates,
+    model_key,
+    state_key,
+)
+from ...checkpoint.saving.assemble import assemble, rank_record
+from ...checkpoint.saving.writing import PART_BYTES, FileRecord
 from ...distributed import Layout, ParamSpec
 from ...pieces import Box
 from .state import llama

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ...checkpoint import load, save
-from ...checkpoint.reading import processors
+from ...checkpoint.io.processors import processors
 from .competitors import dcp, dtensors, raw, torch_save
 from .folders import fresh_folder, remove_folder
 from .measuring import measured, read_raw
@@ -23,6 +24,7 @@ def rounds(settings: Settings, rows: dict[str, Any]) -> None:
     opt = job(settings)
     mine = sum(t.nbytes for t in held(opt))
     state = dtensors(opt, settings)
+    gc.freeze()
     rows["bytes of a rank"] = mine
     rows["threads of a load"] = threads = processors(settings.ranks)
     times: dict[str, list[float]] = {}
@@ -61,6 +63,7 @@ def rounds(settings: Settings, rows: dict[str, Any]) -> None:
         if turn == 0:  # the first round finds cold memory
             times.clear()
             memory.clear()
+            gc.freeze()  # all has been imported and made: looking through it would take longer than what is measured
     for name, seconds in times.items():
         floor = (
             "raw save" if "save" in name.split() else "raw load, new memory" if name == "fastopt load" else "raw load"

@@ -6,6 +6,7 @@ import statistics
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...checkpoint import Checkpointer
 from .folders import fresh_folder, remove_folder
@@ -15,11 +16,18 @@ from .state import held, job
 
 
 def stall(settings: Settings, rows: dict[str, Any]) -> None:
-    """How long an asynchronous save holds the loop, beside a plain copy of this rank's tensors."""
+    """How long an asynchronous save holds the loop, beside a plain copy of this rank's tensors.
+
+    `first` is what the medians leave out: the first save also sets the memory for its copies aside. Beside it how long
+    PyTorch takes for as much (on a GPU pinned) memory, and the first copy to it.
+    """
     opt = job(settings)
     tensors = held(opt)
     pinned = settings.device == "cuda"
-    buffers = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
+    buffers: list[Tensor] = []
+
+    def set_aside() -> None:
+        buffers[:] = [torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in tensors]
 
     def copy() -> None:
         for buffer, tensor in zip(buffers, tensors, strict=True):
@@ -27,6 +35,7 @@ def stall(settings: Settings, rows: dict[str, Any]) -> None:
         if pinned:
             torch.cuda.synchronize()
 
+    aside = measured(set_aside)[0]
     copies, stalls, totals = [], [], []
     place = fresh_folder(settings)
     with Checkpointer(place, keep_last=1, reuse=False) as checkpoints:
@@ -37,4 +46,5 @@ def stall(settings: Settings, rows: dict[str, Any]) -> None:
     remove_folder(place)
     medians = [statistics.median(each[1:]) for each in (copies, stalls, totals)]
     rows["stall"] = dict(zip(("copy", "stall", "until written"), medians, strict=True))
-    rows["stall"]["x copy"] = medians[1] / medians[0]
+    rows["stall"] |= {"x copy": medians[1] / medians[0], "bytes": sum(t.nbytes for t in tensors)}
+    rows["stall"]["first"] = {"torch's memory": aside, "copy": copies[0], "stall": stalls[0]}

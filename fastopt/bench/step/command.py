@@ -33,9 +33,11 @@ from pathlib import Path
 
 import torch
 
-from ...engine import native
-from ...engine.look import MANY
+from ...command.ending import ended_by_others
+from ...engine.cohorts import native
+from ...engine.cohorts.look import MANY
 from ...machine import cpu_name
+from ..children import deaf, ended_together
 from ..options import folder, new_file, number, positive, whole
 from . import chart, results, rivals
 from .clock import Clock, copy_bandwidth
@@ -158,13 +160,15 @@ def in_a_process(
     Raises:
         RuntimeError: the process died.
     """
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool, ended_together():
         for n_groups, rule in plan(model, rules):
             if time.monotonic() > end:
                 yield [], [f"Out of time: rows of {model} from {rule} in {n_groups} groups on are missing."]
                 return
             try:
-                yield pool.submit(rows_of, model, n_groups, rule, settings).result()
+                with deaf():
+                    found = pool.submit(rows_of, model, n_groups, rule, settings)
+                yield found.result()
             except BrokenProcessPool as error:
                 raise RuntimeError(f"the process that measured {rule} on {model} died") from error
 
@@ -177,6 +181,7 @@ def rows_of(model: str, n_groups: int, rule: str, settings: Settings) -> tuple[l
     return measure(model, n_groups, rule, Clock(settings.device), settings, notes), notes
 
 
+@ended_by_others()
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Measure what the options say.
 

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ...command.ending import UNREAD, ended_by_others
 from ..options import folder, new_file, number, positive, whole
 from . import chart, results, rivals
 from .model import SIZES, batch, count_parameters
@@ -137,6 +138,7 @@ def _result_so_far(args: argparse.Namespace) -> Result:
     return new
 
 
+@ended_by_others()
 def main(given: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Measure what the options say, on the ranks of torchrun or on ranks that it starts.
 
@@ -169,6 +171,8 @@ def _measure_and_leave(args: argparse.Namespace) -> None:
         if dist.get_rank() == 0 and not args.stretch:
             _show(result, args.out)
         dist.barrier()
+    except BrokenPipeError:  # nobody reads the rows any more
+        os._exit(UNREAD)
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ... import Adam
 from ...distributed import shard
-from ...distributed.cutting import BUCKETS
+from ...distributed.ownership.cutting import BUCKETS
 from .model import LanguageModel, Size
 
 Iteration = Callable[[], Any]

@@ -1,0 +1,1 @@
+"""The processes that save or load together."""

@@ -1,0 +1,1 @@
+"""How bytes move between ranks: collectives, transports and streams beneath them, and who is missing when they hang."""

@@ -1,0 +1,1 @@
+"""Who owns what of which parameter: pure values and functions, the same on every rank, tested without processes."""

@@ -1,0 +1,1 @@
+"""Which parameters step with the same program, each with its scalars, and what of that the next step can keep."""
