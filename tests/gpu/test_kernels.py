@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -111,6 +112,22 @@ def test_mixed_dtypes_groups_and_missing_gradients() -> None:
         ps[i % 4].grad = None
 
     side_by_side(build, "triton", torch.float32, 8, near(16), between=between, device=DEVICE)
+
+
+@pytest.mark.parametrize("late", [1, 3])
+@pytest.mark.parametrize("build", [RAdam, partial(Ranger, k=3)], ids=["radam", "ranger"])
+def test_parameters_whose_numbers_come_to_lead_the_same_way(build: Any, late: int) -> None:
+    """Cohorts that stepped by different programs come to step by the same one."""
+
+    def made(ps: list[Tensor], engine: str) -> Optimizer:
+        return build([[p] for p in ps], lr=0.1, sqr_mom=0.9, engine=engine)
+
+    def between(opt: Any, ps: list[Tensor], i: int) -> None:
+        if i < 7:
+            for p in ps[:late]:
+                p.grad = None
+
+    side_by_side(made, "triton", torch.float32, 18, near(16), between=between, device=DEVICE)
 
 
 def test_unaligned_views_and_other_layouts() -> None:
@@ -231,6 +248,10 @@ def test_a_captured_step_follows_the_hypers(build: Any) -> None:
         for p, q in zip(theirs, ours, strict=True):
             assert_near(p.detach(), q.detach(), f"step {i}", 16)
             assert a.state[p]["step"] == b.state[q]["step"] == i + 1
+    ours[1].grad, left_out = None, ours[1].grad
+    with pytest.raises(RuntimeError, match="anew"):
+        b.prepare_replay()
+    ours[1].grad = left_out
     b.state[ours[0]]["do_wd"] = False
     b.set_hyper("wd", 0.1)
     with pytest.raises(RuntimeError, match="anew"):

@@ -28,6 +28,9 @@ from .triton_tables import Tables
 ALIGNED = 16
 
 
+CAPTURE_ANEW = "this step runs other kernels than the captured one: capture it anew"
+
+
 @lru_cache(maxsize=1)
 def triton_is_there() -> bool:
     """Whether Triton is installed. Does not import it."""
@@ -62,11 +65,15 @@ def kernels_of(program: Program) -> Kernels:
 
 
 class TritonRuns:
-    """Runs cohorts on one device; keeps the tables of each program."""
+    """Runs cohorts on one device; keeps the tables of each program.
+
+    Cohorts that once stepped by different programs may come to step by the same one, when their numbers lead them the
+    same way: then each has tables of its own.
+    """
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[Program, torch.device, bool], Tables] = {}
-        self._captured: list[Program] | None = None
+        self._tables: dict[tuple[Program, torch.device, bool], list[Tables]] = {}
+        self._captured: list[tuple[Any, ...]] | None = None
         self._new = False  # whether there are launches whose kernels are perhaps still to be compiled
 
     def run(self, cohorts: Sequence[Cohort], reduce: Reduce | None = None, launch: bool = True) -> None:
@@ -78,46 +85,61 @@ class TritonRuns:
         """
         capturing = _capturing(cohorts[0].params[0].device)
         flat, others = _by_layout(cohorts)
-        programs = [cohort.program for cohort in flat]
         if capturing and (others or any(cohort.fresh for cohort in flat)):
             raise RuntimeError("a CUDA graph cannot capture a step that creates state: make a few steps before")
-        if not launch and (others or programs != self._captured):
-            raise RuntimeError("this step runs other kernels than the captured one: capture it anew")
+        if not launch and others:
+            raise RuntimeError(CAPTURE_ANEW)
         if others and reduce is not None:
             run_blocks(cohorts, reduce)
             return
         device = cohorts[0].params[0].device
         with _on(device):
-            launches = [launch for cohort in flat for launch in self._launches(cohort, device)]
+            taken: list[Tables] = []
+            launches = [launch for cohort in flat for launch in self._launches(cohort, device, taken)]
+            kernels = [each.captured_as() for each in launches] if capturing or not launch else []
+            if not launch and kernels != self._captured:
+                raise RuntimeError(CAPTURE_ANEW)
             if self._new:
                 self._new = False
                 _compile((call for launch in launches for call in launch.calls(reduce is None)), device)
             for k in range(max((len(x.program.phases) for x in launches), default=0) if launch else 0):
                 _run_phase(launches, k, reduce)
         if capturing:  # nothing has run; the numbers of the state go on with the replays
-            self._captured = programs
+            self._captured = kernels
             return
         for cohort in flat:
             cohort.store()
         if others:
             run_blocks(others, None)
 
-    def _launches(self, cohort: Cohort, device: torch.device) -> list[Launch]:
-        """The launches for a cohort, with its tables up to date; those of its last step where that is possible."""
+    def _launches(self, cohort: Cohort, device: torch.device, taken: list[Tables]) -> list[Launch]:
+        """The launches for a cohort, with its tables up to date; those of its last step where that is possible.
+
+        `taken` are the tables of other cohorts of this step, to which its own are added.
+        """
         known: _Prepared | None = cohort.kept
         version = cohort.looked.version if cohort.looked is not None else None
+        if known is not None and known.needs_any(taken):
+            known = None
         if known is None or version is None or not known.current(version):
             kernels = kernels_of(cohort.program)
             addresses = _addresses(cohort, kernels.layout)
             if known is None or version is None or not known.move(addresses, version):
-                known = cohort.kept = self._prepare(cohort, kernels, device, addresses, version)
+                known = cohort.kept = self._prepare(cohort, kernels, device, addresses, version, taken)
         scalars = cohort.scalars()
         for launch in known.launches:
             launch.tables.set_scalars(scalars)
+            taken.append(launch.tables)
         return known.launches
 
     def _prepare(
-        self, cohort: Cohort, kernels: Kernels, device: torch.device, addresses: NDArray[np.int64], version: int | None
+        self,
+        cohort: Cohort,
+        kernels: Kernels,
+        device: torch.device,
+        addresses: NDArray[np.int64],
+        version: int | None,
+        taken: list[Tables],
     ) -> _Prepared:
         whole = [row for row, place in enumerate(kernels.layout.places) if cohort.is_whole(place)]
         aligned = _aligned(addresses, whole)
@@ -128,17 +150,18 @@ class TritonRuns:
         for promise in (True, False):
             chosen = np.flatnonzero(aligned == promise)
             if len(chosen):
-                tables = self._tables_for(kernels, device, promise)
+                tables = self._tables_for(kernels, device, promise, taken)
                 tables.place(np.ascontiguousarray(addresses[:, chosen]), sizes[chosen], rows[chosen])
                 launch = Launch(kernels, tables, ALIGNED if promise else 1, len(chosen), len(cohort.rows))
                 prepared.add(launch, chosen)
         return prepared
 
-    def _tables_for(self, kernels: Kernels, device: torch.device, aligned: bool) -> Tables:
-        key = (kernels.program, device, aligned)
-        if key not in self._tables:
-            self._tables[key] = Tables(kernels.layout, device)
-        return self._tables[key]
+    def _tables_for(self, kernels: Kernels, device: torch.device, aligned: bool, taken: list[Tables]) -> Tables:
+        there = self._tables.setdefault((kernels.program, device, aligned), [])
+        free = next((tables for tables in there if tables not in taken), None)
+        if free is None:
+            there.append(free := Tables(kernels.layout, device))
+        return free
 
 
 class Launch:
@@ -155,6 +178,10 @@ class Launch:
         self.partials = tables.scratch("partials", (max(counted), max(tables.n_chunks, 1)), self.compute)
         self.values = tables.scratch("values", (max(len(layout.values), 1), n_tensors), torch.float64)
         self.totals = tables.scratch("totals", (max(len(layout.totals), 1), n_tensors), torch.float64)
+
+    def captured_as(self) -> tuple[Any, ...]:
+        """What a graph that has captured the launch goes on with: its kernels, where they look, how far they go."""
+        return self.program, id(self.tables), self.n_tensors, self.n_rows, self.tables.n_chunks
 
     def stage(self, k: int, add: bool, scalars: bool) -> None:
         """Launch what is done per tensor before pass `k`."""
@@ -261,6 +288,10 @@ class _Prepared:
         self.launches.append(launch)
         self._chosen.append(chosen)
         self._tokens.append(launch.tables.version)
+
+    def needs_any(self, taken: list[Tables]) -> bool:
+        """Whether it needs any of these tables."""
+        return any(launch.tables in taken for launch in self.launches)
 
     def current(self, version: int) -> bool:
         """Whether all is still in place; `version` is that of what was looked at."""
