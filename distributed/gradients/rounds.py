@@ -19,7 +19,8 @@ class Round:
 
     Attributes:
         to_launch: the wires that have not been launched, in order, each with the parameters that it waits for.
-        waits_for: the same set of parameters, for each parameter of the wire.
+        waits_for: the same set of parameters, for each of them. What is frozen is not among them, though it may get a
+            gradient, where somebody lets it require one.
         total: how many buckets there are.
     """
 
@@ -27,7 +28,7 @@ class Round:
         self.place = place
         self.to_launch = deque(zip(wires, expected, strict=True))
         self.leading = leading
-        self.waits_for = {param: params for wire, params in self.to_launch for param in wire.params}
+        self.waits_for = {param: params for params in expected for param in params}
         self.total = len(wires)
         self.tasks: set[int] = set()
         self.reading: Reading | None = None
