@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from ..wires.packing import own_part, own_spans, unpack
 from ..wires.wire import Wire
 from .hybrid import ThenAcross
-from .transport import GroupTransport, Transport, Work
+from .transport import GroupTransport, Transport, Work, over_gloo
 from .watch import Watch
 
 ProcessGroup = dist.ProcessGroup
@@ -354,10 +354,16 @@ class Ranks:
         """Bring `tensor` from rank `source` into `tensor` of rank `to`; both call it, nobody else has to."""
         if source == to:
             return
+        # Gloo sends what lies at an address, and can read none of a GPU's.
+        by_host = tensor.device.type != "cpu" and over_gloo(self._group_for(tensor), tensor.device)
         if self.rank == source:
-            dist.send(tensor.contiguous(), self._global(to), group=self._group_for(tensor))
+            sent = tensor.cpu() if by_host else tensor.contiguous()
+            dist.send(sent, self._global(to), group=self._group_for(sent))
         elif self.rank == to:
-            dist.recv(tensor, self._global(source), group=self._group_for(tensor))
+            received = torch.empty_like(tensor, device="cpu") if by_host else tensor
+            dist.recv(received, self._global(source), group=self._group_for(received))
+            if by_host:
+                tensor.copy_(received)
 
 
 def _device_types(group: ProcessGroup | None) -> set[str]:

@@ -38,13 +38,41 @@ def _all_gather(group: Any, full: Tensor, mine: Tensor) -> Work:
     return work
 
 
+def over_gloo(group: Any, device: torch.device) -> bool:
+    """Whether what lies on `device` goes over Gloo."""
+    return bool(group._get_backend(device).name() == "gloo")
+
+
 def _all_gather_several(group: Any, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
     """As `_all_gather` for each of several buffers, in one collective."""
-    if group._get_backend(fulls[0].device).name() == "gloo":
+    if over_gloo(group, fulls[0].device):
         return _Together(group, fulls, mines)
     call = getattr(group, "all_gather_single_coalesced", None) or group.allgather_into_tensor_coalesced
     work: Work = call(list(fulls), list(mines), _gathering())
     return work
+
+
+class WaitedOnce:
+    """A collective of Gloo, whose `wait` may write the result: anew each time, on the stream of whoever waits.
+
+    Here the first wait does, and later ones wait for what it has written.
+    """
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        self._work, self._device = work, device
+        self._waited = False
+        self._written: Any = None
+
+    def wait(self) -> None:
+        """Wait for it; on CUDA let the current stream wait."""
+        if not self._waited:
+            self._work.wait()
+            self._waited = True
+            if self._device.type == "cuda":
+                self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                self._written.record(torch.cuda.current_stream(self._device))
+        elif self._written is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._written)
 
 
 class _Together:
@@ -111,17 +139,21 @@ class GroupTransport:
 
     def reduce_scatter(self, mine: Tensor, full: Tensor) -> Work:
         """One collective."""
-        return _reduce_scatter(self._group, mine, full)
+        return self._started(_reduce_scatter(self._group, mine, full), mine)
 
     def all_gather(self, fulls: Sequence[Tensor], mines: Sequence[Tensor]) -> Work:
         """One collective, in place where `mines` lie in `fulls`: NCCL makes one launch of it, Gloo one message."""
         if len(fulls) == 1:
-            return _all_gather(self._group, fulls[0], mines[0])
-        return _all_gather_several(self._group, fulls, mines)
+            return self._started(_all_gather(self._group, fulls[0], mines[0]), fulls[0])
+        return self._started(_all_gather_several(self._group, fulls, mines), fulls[0])
 
     def all_to_all(self, received: Tensor, sent: Tensor, receives: Sequence[int], sends: Sequence[int]) -> Work:
         """One collective."""
         work: Work = dist.all_to_all_single(
             received, sent, list(receives), list(sends), group=self._group, async_op=True
         )
-        return work
+        return self._started(work, received)
+
+    def _started(self, work: Work, result: Tensor) -> Work:
+        """`work`, as it may be waited for: more than once, on several streams."""
+        return WaitedOnce(work, result.device) if over_gloo(self._group, result.device) else work

@@ -119,6 +119,33 @@ def test_a_step_is_one_reduce_scatter_and_one_all_gather_per_bucket(ranks: Any, 
     ranks(world_size).run(counts_of_a_step)
 
 
+def frozen_that_require_a_gradient(rank: int, world_size: int) -> None:
+    """They are no reason for another round, also where only some ranks use them. Their gradients stay where they are."""
+    for stepping in (False, True):
+        model = Model(SHAPES)
+        opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model, step_in_backward=stepping)
+        trained, *frozen = model.groups[0]
+        opt.state[trained]["force_train"] = True  # so that its group is on the wire
+        opt.freeze_to(1)
+        backward(model)
+        opt.step()
+        opt.zero_grad()
+        for p in frozen:
+            p.requires_grad_()
+        before = [p.detach().clone() for p in frozen]
+        with counted() as calls:
+            losses = [p.square().sum() for p in (members(opt) if rank == 0 else members(opt)[1 + len(frozen) :])]
+            sum(losses[1:], losses[0]).backward()
+            opt.step()
+        assert [name for name, _ in calls] == ["reduce_scatter", "all_gather"]
+        assert all(map(torch.equal, frozen, before))
+        assert [p.grad is not None for p in frozen] == [rank == 0] * len(frozen)
+
+
+def test_frozen_parameters_that_require_a_gradient(ranks: Any) -> None:
+    ranks(2).run(frozen_that_require_a_gradient)
+
+
 def operators(rank: int, world_size: int) -> list[str]:
     """The collectives of a step on buckets of several groups, by PyTorch's names."""
     model = Model(SHAPES, (torch.float32, torch.bfloat16))
@@ -134,6 +161,28 @@ def test_nothing_coalesced_goes_over_gloo(ranks: Any) -> None:
     for told in ranks(2).run(operators):
         assert any("gather" in name for name in told)
         assert not any("coalesced" in name for name in told)
+
+
+def waited_for_again(rank: int, world_size: int) -> list[list[float]]:
+    """What is done to results between two waits."""
+    group = transport.GroupTransport(None)
+    mine, full, received = torch.empty(2), torch.ones(4), torch.empty(4)
+    found = []
+    for work, result in (
+        (group.reduce_scatter(mine, full), mine),
+        (group.all_gather([full], [full[2 * rank : 2 * rank + 2]]), full),
+        (group.all_gather([received[:2], received[2:]], [torch.ones(1), torch.ones(1)]), received),
+    ):
+        work.wait()
+        result.mul_(3)
+        work.wait()
+        found.append(result.tolist())
+    return found
+
+
+def test_waiting_again_writes_nothing(ranks: Any) -> None:
+    """A sum is waited for on several streams, and divided before the last of them has come so far."""
+    assert ranks(2).run(waited_for_again) == [[[6, 6], [3] * 4, [3] * 4]] * 2
 
 
 def moved(world_size: int, name: str, many: bool, frozen: int) -> tuple[list[str], int, int]:
