@@ -120,7 +120,7 @@ def test_a_step_is_one_reduce_scatter_and_one_all_gather_per_bucket(ranks: Any, 
 
 
 def frozen_that_require_a_gradient(rank: int, world_size: int) -> None:
-    """They are no reason for another round, also where only some ranks use them. Their gradients stay where they are."""
+    """They are no reason for another round, also where only some ranks use them. Their gradients stay there."""
     for stepping in (False, True):
         model = Model(SHAPES)
         opt = shard(fastopt.Adam(model.param_groups(), lr=0.1), model, step_in_backward=stepping)
