@@ -107,7 +107,7 @@ def alive(pid: int) -> bool:
 
 
 def gone_soon(pids: list[int]) -> bool:
-    for _ in range(100):
+    for _ in range(1200):
         if not any(alive(pid) for pid in pids):
             return True
         time.sleep(0.05)
@@ -251,14 +251,15 @@ def test_ranks_die_with_the_process_that_owns_them(tmp_path: Path) -> None:
         "from tests.ranks import run_ranks\n"
         "from tests.test_ranks import starts_a_child\n"
         "if __name__ == '__main__':\n"
-        "    run_ranks(starts_a_child, 2, Path(sys.argv[1]))\n"
+        "    run_ranks(starts_a_child, 2, Path(sys.argv[1]), timeout=240)\n"
     )
     script = tmp_path / "owner.py"
     script.write_text(program)
     root = Path(__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}  # it cannot tidy up
     owner = subprocess.Popen([sys.executable, script, tmp_path], env=env)
-    for _ in range(600):
+    until = time.monotonic() + 240
+    while owner.poll() is None and time.monotonic() < until:
         if len([path for path in tmp_path.glob("[01]") if path.read_text()]) == 2:
             break
         time.sleep(0.05)
