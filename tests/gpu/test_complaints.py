@@ -26,16 +26,14 @@ def placed(rank: int, world_size: int, device: str, case: Callable[..., Any], *a
     if device == "cuda":
         torch.cuda.set_device(rank)
     group = dist.new_group(backend="nccl" if device == "cuda" else "gloo")
-    patches = {
-        some: {name: on(device, getattr(some, name)) for name in ("Model", "body_and_head", "TiedAndUneven", "batch")},
-        more: {name: on(device, getattr(more, name)) for name in ("Model", "layers")},
-    }
+    patches = {module: {name: on(device, getattr(module, name)) for name in names} for module, names in MADE.items()}
     patches[some]["shard"] = partial(shard, group=group)
     patches[more] |= {name: partial(call, group=group) for name, call in PER_GROUP.items()}
     with mock.patch.multiple(some, **patches[some]), mock.patch.multiple(more, **patches[more]):
         return case(rank, world_size, *args)
 
 
+MADE = {some: ("Model", "body_and_head", "TiedAndUneven", "batch"), more: ("Model", "layers")}
 PER_GROUP: dict[str, Callable[..., Any]] = {"shard": shard, "save": save, "load": load}
 
 

@@ -25,6 +25,7 @@ from ..distributed.problems import EVERY
 from ..distributed.test_stress import anything
 from ..ranks import RankPool
 from . import test_nccl, test_overlap
+from .test_complaints import MADE, on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -114,16 +115,10 @@ def test_anything(both: RankPool, name: str, seed: int, transport: str | None) -
 def placed(rank: int, world_size: int, transport: str | None, case: Callable[..., Any], *args: Any) -> Any:
     """Run a case whose models and batches are made on the GPU."""
     take_the_gpu(rank)
-
-    def moved(make: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *given, **options: make(*given, **options).cuda()
-
-    makes = {some: ("Model", "body_and_head", "TiedAndUneven", "batch"), more: ("Model", "layers")}
     with ExitStack() as stack:
-        for module, names in makes.items():
-            changed: dict[str, Any] = {name: moved(getattr(module, name)) for name in names}
-            changed["shard"] = partial(shard, transport=transport)
-            stack.enter_context(mock.patch.multiple(module, **changed))
+        for module, names in MADE.items():
+            changed: dict[str, Any] = {name: on("cuda", getattr(module, name)) for name in names}
+            stack.enter_context(mock.patch.multiple(module, **changed, shard=partial(shard, transport=transport)))
         return case(rank, world_size, *args)
 
 
