@@ -357,7 +357,7 @@ class Ranks:
         # Gloo sends what lies at an address, and can read none of a GPU's.
         by_host = tensor.device.type != "cpu" and over_gloo(self._group_for(tensor), tensor.device)
         if self.rank == source:
-            sent = tensor.cpu() if by_host else tensor.contiguous()
+            sent = tensor.contiguous().cpu() if by_host else tensor.contiguous()
             dist.send(sent, self._global(to), group=self._group_for(sent))
         elif self.rank == to:
             received = torch.empty_like(tensor, device="cpu") if by_host else tensor

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastopt import Optimizer, RAdam, Ranger
+from fastopt import Adam, Optimizer, RAdam, Ranger
 from fastopt.engine import run
 from fastopt.engine.executors import triton_run
 from fastopt.engine.executors.triton_source import Layout
@@ -76,3 +76,28 @@ def test_cohorts_that_come_to_step_by_the_same_program(
         opt.step()
         assert launched == Counter(p.data_ptr() for p in stepping), step
     assert {choice.executor for choice in opt.engine} == {"triton"}
+
+
+def test_a_graph_goes_on_with_the_tables_that_it_has_captured(
+    launched: Counter[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where fewer tensors step, nor afterwards: tables are elsewhere then, and the graph reads the old ones."""
+    ps = [torch.nn.Parameter(torch.ones(n)) for n in (4, 3000, 8)]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt = Adam(ps, lr=0.1, engine="triton")
+    for _ in range(3):
+        opt.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_run, "_capturing", lambda device: True)
+        opt.step()
+    for lr in (0.2, 0.3):
+        opt.set_hyper("lr", lr)
+        opt.prepare_replay()
+    ps[1].grad, left_out = None, ps[1].grad
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="capture it anew"):
+            opt.prepare_replay()
+    ps[1].grad = left_out
+    with pytest.raises(RuntimeError, match="capture it anew"):
+        opt.prepare_replay()

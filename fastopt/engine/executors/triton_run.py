@@ -22,7 +22,7 @@ from ..recording.program import Program
 from ..work import Reduce
 from .blocks import run_blocks
 from .triton_source import BLOCK, WARPS, Layout, source_of
-from .triton_tables import Tables
+from .triton_tables import TABLES, Tables
 
 #: Addresses that are multiples of this are read and written 16 bytes at a time.
 ALIGNED = 16
@@ -74,6 +74,7 @@ class TritonRuns:
     def __init__(self) -> None:
         self._tables: dict[tuple[Program, torch.device, bool], list[Tables]] = {}
         self._captured: list[tuple[Any, ...]] | None = None
+        self._read_by_graph: list[Tensor | None] = []
         self._new = False  # whether there are launches whose kernels are perhaps still to be compiled
 
     def run(self, cohorts: Sequence[Cohort], reduce: Reduce | None = None, launch: bool = True) -> None:
@@ -106,6 +107,7 @@ class TritonRuns:
                 _run_phase(launches, k, reduce)
         if capturing:  # nothing has run; the numbers of the state go on with the replays
             self._captured = kernels
+            self._read_by_graph = [x for each in launches for x in each.memory()]  # stays while the graph may read it
             return
         for cohort in flat:
             cohort.store()
@@ -179,9 +181,13 @@ class Launch:
         self.values = tables.scratch("values", (max(len(layout.values), 1), n_tensors), torch.float64)
         self.totals = tables.scratch("totals", (max(len(layout.totals), 1), n_tensors), torch.float64)
 
+    def memory(self) -> list[Tensor | None]:
+        """The tables that the kernels read, and what they put aside."""
+        return [*self.tables.on_device(*TABLES), self.partials, self.values, self.totals]
+
     def captured_as(self) -> tuple[Any, ...]:
         """What a graph that has captured the launch goes on with: its kernels, where they look, how far they go."""
-        return self.program, id(self.tables), self.n_tensors, self.n_rows, self.tables.n_chunks
+        return self.program, self.n_tensors, self.n_rows, self.tables.n_chunks, *map(id, self.memory())
 
     def stage(self, k: int, add: bool, scalars: bool) -> None:
         """Launch what is done per tensor before pass `k`."""

@@ -109,6 +109,9 @@ def _same_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
     return np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
+TABLES = ("addresses", "sizes", "rows", "scalars", "first_chunk", "chunk_tensor", "chunk_number")
+
+
 class Tables:
     """All tables of the tensors that one program steps on one device. `version` counts how often they were placed."""
 
